@@ -1,0 +1,1 @@
+"""The few formulas that everything rests on: one file each, first in plain PyTorch, then fast."""
