@@ -1,0 +1,348 @@
+"""
+The transformer, its cache, and how weights come and go.
+
+    ids_BT -> embed -> L x [ norm -> attention -> + -> norm -> SwiGLU -> + ] -> norm -> head(hidden_BTD, weight_VD)
+
+One decoder-only architecture in the variants that open models use: RMSNorm, rotary positions, grouped-query attention, SwiGLU, optional
+biases on queries, keys and values (Qwen2), optional norms on queries and keys (Qwen3), optional output matrix tied to the embedding.
+A checkpoint is an ordinary Hugging Face folder: `transformers` opens what `save` writes, and `load` opens what `transformers` writes.
+
+    python model.py                       # a random model against transformers: the largest difference of their logits
+    python model.py --model FOLDER        # the same for a checkpoint
+
+Shapes, here and in every file: B rows, T positions, S cache slots, V vocabulary, D width, H query heads, K key/value heads,
+G = H / K query heads that share a key, E head width, L layers, N tokens or turns in a flat list.
+"""
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kernels.logprob import token_logprob
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the model types whose formulas are below
+Head = Callable[[Tensor, Tensor], object]               # (hidden_BTD, weight_VD) -> whatever the caller needs of the logits
+
+
+def stop(sentence: str) -> NoReturn:
+    """Bad input ends here, before any work: one sentence that says what to do, and exit status 2."""
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------- shape
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need to know, read from a Hugging Face config."""
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    inner: int
+    vocab: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+
+
+def shape_of(config: PreTrainedConfig, name: str) -> Shape:
+    """The shape behind a config. What we do not implement is refused by name, never ignored."""
+    rope = config.rope_parameters
+    refused = {"model_type": config.model_type if config.model_type not in ARCHITECTURES else None,
+               "rope_type": rope["rope_type"] if rope["rope_type"] != "default" else None,
+               "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
+               "mlp_bias": getattr(config, "mlp_bias", False) or None,
+               "attention_dropout": config.attention_dropout or None,
+               "sliding_window": config.sliding_window if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) else None}
+    for field, value in refused.items():
+        if value is not None:
+            stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; choose another model.")
+    qwen2, bias = config.model_type == "qwen2", getattr(config, "attention_bias", False)
+    return Shape(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+                 head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, inner=config.intermediate_size,
+                 vocab=config.vocab_size, rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings,
+                 qkv_bias=qwen2 or bias, o_bias=bias, qk_norm=config.model_type == "qwen3")
+
+
+# ---------------------------------------------------------------- the cache
+
+class Cache:
+    """
+    Keys and values of every layer in one block of memory of fixed size. All rows write the same slot at the same time: prompts are
+    padded on the left, and the `pad_B` slots in front of row b are never seen. `length` counts the slots in use.
+    """
+
+    def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype):
+        self.key_LBKSE, self.value_LBKSE = torch.zeros(2, shape.layers, rows, shape.kv_heads, slots, shape.head_width, dtype=dtype, device=pad_B.device)
+        self.pad_B, self.length = pad_B, 0
+
+    def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new slots; return all its slots so far. `length` moves once all layers have written."""
+        end = self.length + key_BKTE.shape[2]
+        self.key_LBKSE[layer, :, :, self.length:end] = key_BKTE
+        self.value_LBKSE[layer, :, :, self.length:end] = value_BKTE
+        return self.key_LBKSE[layer, :, :, :end], self.value_LBKSE[layer, :, :, :end]
+
+    def keep(self, row_B: Tensor) -> None:
+        """Drop all rows but these: finished rows should cost nothing."""
+        self.key_LBKSE, self.value_LBKSE, self.pad_B = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B], self.pad_B[row_B]
+
+
+def visible(pad_B: Tensor, start: int, length: int) -> Tensor:
+    """mask_B1TS: the query in slot start + t sees the keys in slots pad <= s <= start + t; a padding query sees itself, so that no row is empty."""
+    query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
+    key_S = torch.arange(start + length, device=pad_B.device)
+    mask_BTS = (key_S <= query_T1) & ((key_S >= pad_B[:, None, None]) | (key_S == query_T1))
+    return mask_BTS[:, None]
+
+
+# ---------------------------------------------------------------- layers
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the root mean square in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, [B, 1, T, E] (Su et al., arXiv 2104.09864). Angles in fp32: bf16 cannot tell position 1000 from 1001."""
+    rate_E2 = shape.rope_theta ** (-torch.arange(0, shape.head_width, 2, device=position_BT.device).float() / shape.head_width)
+    angle_BTE = (position_BT[..., None].float() * rate_E2).repeat(1, 1, 2)
+    return angle_BTE.cos()[:, None].to(dtype), angle_BTE.sin()[:, None].to(dtype)
+
+
+def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
+    """Rotate each pair (x[e], x[e + E/2]) by its position's angle: the layout of Hugging Face checkpoints."""
+    low, high = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_B1TE + torch.cat((-high, low), dim=-1) * sin_B1TE
+
+
+def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
+    """Softmax attention; G query heads share each key head. Without a mask it is causal over T = S."""
+    B, H, T, E = query_BHTE.shape
+    K, S = key_BKSE.shape[1:3]
+    if T > 1:
+        return F.scaled_dot_product_attention(query_BHTE, key_BKSE, value_BKSE, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=H != K)
+    # one query per row: two small matrix products per key head read each key once, where the general routine reads it once per query head
+    weight_BKGS = query_BHTE.view(B, K, H // K, E) @ key_BKSE.mT * E ** -0.5
+    weight_BKGS = weight_BKGS.float().masked_fill(~mask_B1TS, float("-inf")) if mask_B1TS is not None else weight_BKGS.float()
+    return (weight_BKGS.softmax(-1).to(value_BKSE.dtype) @ value_BKSE).view(B, H, 1, E)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        q_width, kv_width = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+        self.q_proj = nn.Linear(shape.width, q_width, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(q_width, shape.width, bias=shape.o_bias)
+        self.q_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.head_width = shape.head_width
+
+    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        split = (*x_BTD.shape[:2], -1, self.head_width)
+        query_BHTE = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
+        key_BKTE = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
+        value_BKTE = self.v_proj(x_BTD).view(split).transpose(1, 2)
+        key_BKSE, value_BKSE = cache.append(layer, key_BKTE, value_BKTE) if cache else (key_BKTE, value_BKTE)
+        return self.o_proj(attend(query_BHTE, key_BKSE, value_BKSE, mask_B1TS).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.width, shape.inner, bias=False)
+        self.up_proj = nn.Linear(shape.width, shape.inner, bias=False)
+        self.down_proj = nn.Linear(shape.inner, shape.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.width, shape.norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_eps)
+        self.mlp = SwiGLU(shape)
+
+    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Parameter names are those of Hugging Face checkpoints without the leading `model.`."""
+
+    def __init__(self, config: PreTrainedConfig, name: str = "model"):
+        super().__init__()
+        self.config, self.shape = config, shape_of(config, name)
+        self.generation = GenerationConfig.from_model_config(config)
+        self.embed_tokens = nn.Embedding(self.shape.vocab, self.shape.width)
+        self.layers = nn.ModuleList(Block(self.shape) for _ in range(self.shape.layers))
+        self.norm = RMSNorm(self.shape.width, self.shape.norm_eps)
+        self.lm_head = nn.Identity() if self.shape.tied else nn.Linear(self.shape.width, self.shape.vocab, bias=False)
+
+    def forward(self, ids_BT: Tensor, head: Head, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:
+        """
+        Run the layers and return head(hidden_BTD, weight_VD). `pad_B` counts the padding slots on the left of each row; padding on the
+        right needs no mask, because nothing looks to the right. With a cache, ids_BT are the next T slots of every row.
+        The head runs inside the forward pass because only there does a sharded model hold its output matrix in full.
+        """
+        start, pad_B = (cache.length, cache.pad_B) if cache else (0, pad_B)
+        slot_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
+        position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=0)
+        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1])
+        x_BTD = self.embed_tokens(ids_BT)
+        cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
+        for layer, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+        if cache:
+            cache.length += ids_BT.shape[1]
+        return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight)
+
+
+def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    """The head of decoding: logits_BV of the last slot, never rounded below fp32."""
+    return hidden_BTD[:, -1].float() @ weight_VD.float().T
+
+
+def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """
+    logprob_BT[b, t] = log p(ids[b, t] | ids[b, :t]) where mask_BT, 0 elsewhere, and the entropy_BT of each such choice in nats. This is
+    the one place that shifts: column 0 is always 0, because nothing predicts it. Rows are padded on the right.
+    """
+    chosen_BT = mask_BT.clone()
+    chosen_BT[:, 0] = False
+    before_BT = F.pad(chosen_BT[:, 1:], (0, 1))  # the slot that predicts each chosen one
+
+    def head(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprob(hidden_BTD[before_BT], weight_VD, ids_BT[chosen_BT], temperature)
+
+    logprob_N, entropy_N = model(ids_BT, head)
+    blank_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
+    return blank_BT.masked_scatter(chosen_BT, logprob_N), blank_BT.masked_scatter(chosen_BT, entropy_N)
+
+
+# ---------------------------------------------------------------- weights come and go
+
+def new_model(config: PreTrainedConfig, seed: int) -> Transformer:
+    """A newborn model: weights normal with deviation `config.initializer_range`, norms 1, biases 0; a function of the seed alone."""
+    model, generator = Transformer(config), torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+    return model
+
+
+def find(name: str) -> Path:
+    """The checkpoint folder behind a run folder, a checkpoint folder, or a hub name; anything else is refused."""
+    folder = Path(name)
+    if (folder / "latest").is_file():
+        return folder / (folder / "latest").read_text().strip()
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+            stop(f"{name}: no such folder, and no hub model of that name can be reached; give a folder with config.json and model.safetensors.")
+    for needed in ("config.json", "*.safetensors"):
+        if not list(folder.glob(needed)):
+            stop(f"{folder}: no {needed} there; give a Hugging Face folder with safetensors weights, or a run folder that has finished its warm start.")
+    return folder
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Open a checkpoint: safetensors only, one file or many, every weight accounted for."""
+    folder = find(name)
+    try:
+        with torch.device("meta"):
+            model = Transformer(AutoConfig.from_pretrained(folder), name)
+        weights = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
+        if model.shape.tied:
+            weights.pop("lm_head.weight", None)
+        model.load_state_dict(weights, assign=True)
+        if (folder / "generation_config.json").exists():
+            model.generation = GenerationConfig.from_pretrained(folder)
+    except (SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
+        stop(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); it is damaged or of another architecture, give another.")
+    return model
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; it must have a chat template, because both players speak through it."""
+    tokenizer = AutoTokenizer.from_pretrained(find(name))
+    if not tokenizer.chat_template:
+        stop(f"{name}: its tokenizer has no chat template; choose an instruction-tuned model.")
+    return tokenizer
+
+
+def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a reply, by the generation config and by the tokenizer."""
+    listed = [model.generation.eos_token_id, tokenizer.eos_token_id]
+    return sorted({i for entry in listed for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
+
+
+def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a Hugging Face folder: these weights (under this file's names; `model` itself may be sharded), configs and tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {key if key.startswith("lm_head") else f"model.{key}": tensor.contiguous() for key, tensor in weights.items()}
+    save_torch_state_dict(named, folder)
+    config = model.config
+    config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
+    config.dtype = next(iter(weights.values())).dtype
+    config.save_pretrained(folder)
+    model.generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig  # the reference to compare with
+    cli = ArgumentParser(description="Compare this file's logits with those of transformers, on random tokens.")
+    cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
+    args = cli.parse_args()
+    config = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ours = load(args.model) if args.model else new_model(config, seed=0)
+    theirs = AutoModelForCausalLM.from_config(ours.config, dtype=torch.float32).eval()
+    theirs.load_state_dict({key if key.startswith("lm_head") else f"model.{key}": tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
+    ids_BT = torch.randint(ours.shape.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
+        theirs_BTV = theirs(ids_BT).logits
+    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {ours.shape}")
+    print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {(ours_BTV - theirs_BTV).abs().max():.1e} (logits up to {theirs_BTV.abs().max():.1f})")
+
+
+if __name__ == "__main__":
+    main()
