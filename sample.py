@@ -11,6 +11,7 @@ uniform number per token, a function of (seed, step, game, turn). Whoever sample
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,15 +33,21 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
+@lru_cache(maxsize=64)
+def frame_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill: str) -> tuple[list[int], list[int]]:
+    """What stands before and after the text in a prompt: our own words and the template's, where markup is markup."""
+    message = {"role": "user", "content": instruction.replace("{text}", MARK)}
+    before, after = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True).split(MARK)
+    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (before, after + prefill))
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, prefill: str = "") -> list[int]:
     """
     One user turn in the tokenizer's own chat template and the opening of the assistant's. `instruction` is ours and contains {text};
     `text` is somebody's and never becomes markup: the template is rendered around a mark, and the text is tokenised by itself.
     """
-    message = {"role": "user", "content": instruction.replace("{text}", MARK)}
-    before, after = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True).split(MARK)
-    ours = [tokenizer(part, add_special_tokens=False).input_ids for part in (before, after + prefill)]
-    return ours[0] + plain_ids(tokenizer, text) + ours[1]
+    before, after = frame_ids(tokenizer, instruction, prefill)
+    return before + plain_ids(tokenizer, text) + after
 
 
 # ---------------------------------------------------------------- tokens to tokens
