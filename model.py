@@ -13,24 +13,26 @@ A checkpoint is an ordinary Hugging Face folder: `transformers` opens what `save
 Shapes, here and in every file: B rows, T positions, S cache slots, V vocabulary, D width, H query heads, K key/value heads,
 G = H / K query heads that share a key, E head width, L layers, N tokens or turns in a flat list.
 """
+from __future__ import annotations
+
 import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kernels.logprob import token_logprob
+
+if TYPE_CHECKING:   # at run time the functions below import it late: it costs a second, and not every command opens a checkpoint
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # the model types whose formulas are below
 Head = Callable[[Tensor, Tensor], object]               # (hidden_BTD, weight_VD) -> whatever the caller needs of the logits
@@ -204,6 +206,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, name: str = "model"):
         super().__init__()
+        from transformers import GenerationConfig
         self.config, self.shape = config, shape_of(config, name)
         self.generation = GenerationConfig.from_model_config(config)
         self.embed_tokens = nn.Embedding(self.shape.vocab, self.shape.width)
@@ -271,6 +274,8 @@ def find(name: str) -> Path:
     if (folder / "latest").is_file():
         return folder / (folder / "latest").read_text().strip()
     if not folder.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
         try:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
@@ -283,6 +288,7 @@ def find(name: str) -> Path:
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Open a checkpoint: safetensors only, one file or many, every weight accounted for."""
+    from transformers import AutoConfig, GenerationConfig
     folder = find(name)
     try:
         with torch.device("meta"):
@@ -302,6 +308,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; it must have a chat template, because both players speak through it."""
+    from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(find(name))
     if not tokenizer.chat_template:
         stop(f"{name}: its tokenizer has no chat template; choose an instruction-tuned model.")
@@ -316,6 +323,7 @@ def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a Hugging Face folder: these weights (under this file's names; `model` itself may be sharded), configs and tokenizer."""
+    from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
     named = {key if key.startswith("lm_head") else f"model.{key}": tensor.contiguous() for key, tensor in weights.items()}
     save_torch_state_dict(named, folder)

@@ -8,19 +8,24 @@ uniform number per token, a function of (seed, step, game, turn). Whoever sample
 
     python sample.py runs/toy-self-0 "how do i kill the weed"
 """
+from __future__ import annotations
+
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from kernels.logprob import log_policy
 from model import Cache, Transformer, last_logits, load, open_tokenizer, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered

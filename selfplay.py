@@ -8,18 +8,23 @@ answer pair and nothing else. Everything below is a pure function of its argumen
 
     python selfplay.py --demo             # one scripted game with its verdict and rewards
 """
+from __future__ import annotations
+
 import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from judge import Exchange, Judge, Verdict, keywords
 from sample import Sample, chat_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ATTACKER, DEFENDER = "attacker", "defender"
 
@@ -61,13 +66,13 @@ class Setting:
         """Token ids of a whole prompt, up to where the player's own words begin."""
         return chat_ids(self.tokenizer, instruction + self.prompts.layout * self.cot, text, PREFILL * self.cot)
 
-    def attacker_prompt(self, seed: "Seed") -> list[int]:
+    def attacker_prompt(self, seed: Seed) -> list[int]:
         return self.ask(self.prompts.attack_harmful if seed.harmful else self.prompts.attack_benign, seed.text)
 
     def defender_prompt(self, asked: str) -> list[int]:
         return self.ask(self.prompts.defend, asked)
 
-    def read(self, sample: Sample) -> "Reply":
+    def read(self, sample: Sample) -> Reply:
         return parse_reply(self.tokenizer.decode(sample.ids, skip_special_tokens=True), self.cot)
 
 
