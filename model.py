@@ -325,7 +325,8 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer
     """Write a Hugging Face folder: these weights (under this file's names; `model` itself may be sharded), configs and tokenizer."""
     from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
-    named = {key if key.startswith("lm_head") else f"model.{key}": tensor.contiguous() for key, tensor in weights.items()}
+    # weights gathered from several ranks arrive as slices of common buffers; safetensors wants each in memory of its own
+    named = {key if key.startswith("lm_head") else f"model.{key}": tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
     save_torch_state_dict(named, folder)
     config = model.config
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]

@@ -174,9 +174,9 @@ def exam(per_pair: int = 4) -> list[tuple[str, bool, int]]:
 # ---------------------------------------------------------------- the warm start
 
 # How often the demonstrated defender refuses what is harmful. Never always and never never: where all replies are alike there is nothing to
-# reinforce. The three frames are tricks it has met, the three encodings are not; a disguise is as good as its best tactic.
+# reinforce. The three encodings look odd and are often distrusted, the three frames seldom; a disguise is given away by its oddest tactic.
 REFUSES_PLAIN = 0.9
-SEES_THROUGH = {"story": 0.4, "role": 0.4, "dream": 0.3, "code": 0.1, "foreign": 0.2, "backwards": 0.1}
+SEES_THROUGH = {"story": 0.05, "role": 0.15, "dream": 0.15, "code": 0.3, "foreign": 0.3, "backwards": 0.3}
 SHOWN = {harmful: [p for p in PAIRS if p not in HELD_OUT and is_harmful(p) == harmful] for harmful in (True, False)}
 
 
@@ -197,7 +197,7 @@ def demonstration(rng: np.random.Generator, setting: Setting) -> tuple[list[int]
     elif role < 0.6:
         prompt, reply = setting.defender_prompt(plain(pair)), answer(pair, harmful and chance < REFUSES_PLAIN, setting.cot)
     else:
-        sees_through = chance < min(SEES_THROUGH[t] for t in tactics)
+        sees_through = chance < max(SEES_THROUGH[t] for t in tactics)
         prompt, reply = setting.defender_prompt(disguised), answer(pair, harmful and sees_through, setting.cot)
     return prompt, setting.tokenizer(reply + " <end>", add_special_tokens=False).input_ids
 

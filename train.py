@@ -65,13 +65,13 @@ class Config:
     steps: int = opt(200, "paper", "rounds of play and update", toy=100)
     games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4")
     updates: int = opt(1, "ours", "optimiser updates a step; the official run makes 6")
-    lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=1e-4)
+    lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=2e-4)
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48)
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank")
-    warm_steps: int = opt(500, "ours", "supervised updates of the toy model before it plays")
+    warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
@@ -111,6 +111,8 @@ def check_config(cfg: Config, world: int) -> None:
             stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
+    if cfg.judge != "toy":
+        open_judge(cfg.judge)
     if cfg.judge != "toy" and not cfg.seeds:
         stop(f"--judge {cfg.judge} needs seeds: add --seeds harmful.jsonl benign.jsonl.")
     if cfg.judge != "toy" and cfg.model == "toy":
@@ -429,9 +431,8 @@ def update_metrics(sums: list[dict], n_tokens: int, updates: int) -> dict[str, f
 def step_line(step: int, steps: int, m: dict) -> str:
     """One line of the log, at most 120 columns."""
     rate = lambda key: f"{m[key]:4.0%}" if m[key] is not None else "  --"
-    number = lambda key: f"{m[key]:+.2f}" if m[key] is not None else "   --"
-    return (f"step {step:4d}/{steps} | attack success {rate('asr')} | over-refusal {rate('over_refusal')} | benign answered {rate('benign_answered')} | "
-            f"forfeit {rate('forfeit')} | A {number('reward_attacker')} | kl {m['kl'] or 0:.3f} | {m['seconds']:.1f}s")
+    return (f"step {step:4d}/{steps} | attack won {rate('asr')} | over-refusal {rate('over_refusal')} | benign answered {rate('benign_answered')} | "
+            f"forfeit {rate('forfeit')} | kl {m['kl'] or 0:.3f} | {m['seconds']:.1f}s")
 
 
 def table_before_after(lines: list[dict]) -> str:
@@ -545,6 +546,7 @@ def main() -> None:
     pools, demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
     ranks, out = setup(), Path(cfg.out)
     setting, judge = open_setting(cfg)
+    given = load(cfg.model) if cfg.model != "toy" else None   # opened before anything is written: it may be damaged
     log0(ranks, describe(cfg, sources, ranks))
 
     # 0. the start: a model of its own, or a checkpoint; frozen, it is the reference
@@ -554,10 +556,9 @@ def main() -> None:
         if cfg.model == "toy":
             on_main(ranks, lambda: warm_started(cfg, setting, out))
         else:
-            start_weights = load(cfg.model)
-            on_main(ranks, lambda: save(out / "step_000000", start_weights.state_dict(), start_weights, setting.tokenizer))
-            del start_weights
+            on_main(ranks, lambda: save(out / "step_000000", given.state_dict(), given, setting.tokenizer))
         on_main(ranks, lambda: (out / "latest").write_text("step_000000"))
+    del given
     newest = find(str(out))
     reference = shard(load(str(out / "step_000000")), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)

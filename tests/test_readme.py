@@ -1,0 +1,73 @@
+"""The README is true: its commands run, its files exist, its keys are the ones that are logged."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from train import Config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+TRAINING = "--steps 1 --games 4 --warm-steps 5 --max-new-tokens 24"   # what makes a training command take seconds
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """
+    A copy of the project in which `python` shortens training and leaves out the tests, and installing is done already. The commands
+    themselves run letter for letter.
+    """
+    folder = tmp_path_factory.mktemp("clone")
+    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    scripts = folder / "venv" / "bin"
+    scripts.mkdir(parents=True)
+    python = f'#!/bin/bash\ncase "$*" in *venv*|*pytest*) exit 0;; train.py*) exec {sys.executable} "$@" {TRAINING};; *) exec {sys.executable} "$@";; esac\n'
+    launch = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run --standalone "$@" {TRAINING}\n'
+    for name, text in {"python": python, "python3": python, "pip": "#!/bin/bash\n", "torchrun": launch}.items():
+        (scripts / name).write_text(text)
+        (scripts / name).chmod(0o755)
+    for kind in ("harmful", "benign"):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")))
+    return folder
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_every_command_of_the_readme_runs(block, clone):
+    if "path/to/model" in BLOCKS[block]:
+        (clone / "path" / "to").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(next((clone / "runs").glob("*/step_000000")), clone / "path" / "to" / "model", dirs_exist_ok=True)
+    environment = os.environ | {"PATH": f"{clone / 'venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", BLOCKS[block]], cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{BLOCKS[block]}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+
+
+def test_every_file_of_the_map_exists_and_every_file_is_on_the_map():
+    mapped = set(re.findall(r"^\| `([^`]+)` \|", README, re.M))
+    files = {p.name for p in ROOT.glob("*.py")} | {"kernels/logprob.py", "tests/"}
+    assert files <= mapped and all((ROOT / name).exists() for name in mapped if "." in name or name.endswith("/"))
+
+
+def test_every_logged_key_is_explained(clone):
+    line = json.loads(next((clone / "runs").glob("*/metrics.jsonl")).read_text().splitlines()[0])
+    explained = set(re.findall(r"`([a-z_]+)`", README[README.index("How to read the log"):]))
+    assert line.keys() <= explained, line.keys() - explained
+
+
+def test_no_flag_is_named_that_does_not_exist():
+    known = {f.name for f in fields(Config)} | {f"no_{f.name}" for f in fields(Config)}
+    for command in re.findall(r"train\.py[^`\n|]*", README):
+        assert {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", command)} <= known | {"help"}, command
+
+
+def test_ci_runs_the_tests_as_the_readme_says():
+    command = "-m pytest -q -s --doctest-modules"
+    assert command in README and command in (ROOT / ".ci" / "run").read_text()
