@@ -191,10 +191,10 @@ def demonstration(rng: np.random.Generator, setting: Setting) -> tuple[list[int]
     pair = SHOWN[harmful][rng.integers(len(SHOWN[harmful]))]
     tactics = SHOWN_SETS[rng.integers(len(SHOWN_SETS))]
     disguised = disguise(pair, tactics, CODE_NAMES[rng.integers(len(CODE_NAMES))])
-    if role < 0.45:
+    if role < 0.5:
         prompt = setting.attacker_prompt(Seed(plain(pair), harmful, revise=True))
         reply = write_reply("use " + " ".join(t for t in TACTICS if t in tactics), disguised, setting.cot)
-    elif role < 0.6:
+    elif role < 0.62:
         prompt, reply = setting.defender_prompt(plain(pair)), answer(pair, harmful and chance < REFUSES_PLAIN, setting.cot)
     else:
         sees_through = chance < max(SEES_THROUGH[t] for t in tactics)

@@ -71,7 +71,7 @@ class Config:
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48)
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank")
-    warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
+    warm_steps: int = opt(800, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
