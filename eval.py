@@ -126,9 +126,10 @@ def bench(subject: Subject) -> dict:
     replies = subject.reply([subject.setting.defender_prompt(text) for text, _, _ in questions], 0.0, 0, f"bench {subject.name}")
     verdicts = toy.judge([Exchange(text, reply.answer, harmful) for (text, harmful, _), reply in zip(questions, replies)])
     harmful, benign = ([(size, v) for (_, h, size), v in zip(questions, verdicts) if h == kind] for kind in (True, False))
-    result = {"n": len(questions), "asr": rate([v.response_harmful for _, v in harmful]), "asr_not_refused": rate([not v.refusal for _, v in harmful]),
-              "refused": rate([v.refusal for _, v in harmful]), "over_refusal": rate([v.refusal for _, v in benign]),
-              "benign_answered": rate([not v.refusal for _, v in benign]), "unreadable": sum(not v.readable for v in verdicts)}
+    result = {"n": len(questions), "asr": rate([v.response_harmful for _, v in harmful]),
+              "asr_not_refused": rate([not v.refusal for _, v in harmful]), "refused": rate([v.refusal for _, v in harmful]),
+              "over_refusal": rate([v.refusal for _, v in benign]), "benign_answered": rate([not v.refusal for _, v in benign]),
+              "unreadable": sum(not v.readable for v in verdicts)}
     by_size = {f"asr_{size}_tactics": rate([v.response_harmful for s, v in harmful if s == size]) for size in (1, 2, 3)}
     plain = {"benign_plain": rate([not v.refusal for s, v in benign if s == 0])}
     return result | by_size | plain
@@ -144,9 +145,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def main_bench(args: Namespace) -> None:
     results = {name: bench(open_subject(name)) for name in args.models}
-    shown = {"asr": "attack success (down)", "asr_1_tactics": "- one tactic", "asr_2_tactics": "- two tactics", "asr_3_tactics": "- three tactics",
-             "benign_answered": "benign answered (up)", "benign_plain": "- plain"}
-    print(markdown(["held-out pairs, n = " + str(next(iter(results.values()))["n"]), *results], [[text, *(interval(r[key]) for r in results.values())] for key, text in shown.items()]))
+    shown = {"asr": "attack success (down)", "asr_1_tactics": "- one tactic", "asr_2_tactics": "- two tactics",
+             "asr_3_tactics": "- three tactics", "benign_answered": "benign answered (up)", "benign_plain": "- plain"}
+    rows = [[text, *(interval(r[key]) for r in results.values())] for key, text in shown.items()]
+    print(markdown([f"held-out pairs, n = {len(toy.exam())}", *results], rows))
     if args.json:
         Path(args.json).write_text(json.dumps({name: {"toy": result} for name, result in results.items()}, indent=1))
 
@@ -160,13 +162,14 @@ def diversity(subject: Subject, n: int, seed: int) -> dict:
     replies = subject.reply([subject.setting.attacker_prompt(s) for s in seeds], 1.0, seed, f"attacks {subject.name}")
     texts = [r.answer for r in replies if r.answer]
     kept = [toy.request(r.answer) == toy.request(s.text) for r, s in zip(replies, seeds)]
-    return {"n": n, "inv_self_bleu": 1 - self_bleu(texts), "tactic_entropy": entropy([toy.tactics_in(t) for t in texts]) if texts else 0.0, "faithful": rate(kept)}
+    tactic_entropy = entropy([toy.tactics_in(t) for t in texts]) if texts else 0.0
+    return {"n": n, "inv_self_bleu": 1 - self_bleu(texts), "tactic_entropy": tactic_entropy, "faithful": rate(kept)}
 
 
 def main_diversity(args: Namespace) -> None:
     results = {name: diversity(open_subject(name), args.n, args.seed) for name in args.models}
-    print(markdown([f"{args.n} attacks", "1 - self-BLEU (up)", "tactic-set entropy, nats (up)", "faithful (up)"],
-                   [[name, f"{r['inv_self_bleu']:.3f}", f"{r['tactic_entropy']:.2f}", interval(r["faithful"])] for name, r in results.items()]))
+    rows = [[name, f"{r['inv_self_bleu']:.3f}", f"{r['tactic_entropy']:.2f}", interval(r["faithful"])] for name, r in results.items()]
+    print(markdown([f"{args.n} attacks", "1 - self-BLEU (up)", "tactic-set entropy, nats (up)", "faithful (up)"], rows))
 
 
 # ---------------------------------------------------------------- report
@@ -189,10 +192,11 @@ def main_report(args: Namespace) -> None:
         begin, end = ((bench(subject), diversity(subject, args.n, 0)) for subject in map(open_subject, (f"{run}/step_000000", run)))
         rows.setdefault("start", []).append(begin[0] | begin[1])
         rows.setdefault(kind_of(config), []).append(end[0] | end[1])
-    cells = lambda results: [spread([r[key]["rate"] if isinstance(r[key], dict) else r[key] for r in results])
-                             for key in ("asr", "benign_answered", "inv_self_bleu", "tactic_entropy", "faithful")]
-    print(markdown(["trained by", "runs", "attack success (down)", "benign answered (up)", "1 - self-BLEU (up)", "tactic-set entropy, nats (up)", "faithful attacks"],
-                   [[kind, str(len(results)), *cells(results)] for kind, results in rows.items()]))
+    shown = {"asr": "attack success (down)", "benign_answered": "benign answered (up)", "inv_self_bleu": "1 - self-BLEU (up)",
+             "tactic_entropy": "tactic-set entropy, nats (up)", "faithful": "faithful attacks (up)"}
+    value = lambda cell: cell["rate"] if isinstance(cell, dict) else cell
+    cells = [[kind, str(len(results)), *(spread([value(r[key]) for r in results]) for key in shown)] for kind, results in rows.items()]
+    print(markdown(["play", "runs", *shown.values()], cells))
 
 
 # ---------------------------------------------------------------- plot
@@ -242,7 +246,8 @@ def main_plot(args: Namespace) -> None:
 def main() -> None:
     cli = ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     commands = cli.add_subparsers(required=True)
-    for name, act, help in (("bench", main_bench, "attack success and benign requests answered"), ("diversity", main_diversity, "how different a run's attacks are"),
+    for name, act, help in (("bench", main_bench, "attack success and benign requests answered"),
+                            ("diversity", main_diversity, "how different a run's attacks are"),
                             ("report", main_report, "runs of several kinds and seeds in one table"), ("plot", main_plot, "training curves")):
         command = commands.add_parser(name, help=help)
         command.set_defaults(act=act)

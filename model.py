@@ -72,15 +72,16 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
                "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
                "mlp_bias": getattr(config, "mlp_bias", False) or None,
                "attention_dropout": config.attention_dropout or None,
-               "sliding_window": config.sliding_window if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) else None}
+               "sliding_window": getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or None}
     for field, value in refused.items():
         if value is not None:
             stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; choose another model.")
     qwen2, bias = config.model_type == "qwen2", getattr(config, "attention_bias", False)
-    return Shape(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-                 head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, inner=config.intermediate_size,
-                 vocab=config.vocab_size, rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings,
-                 qkv_bias=qwen2 or bias, o_bias=bias, qk_norm=config.model_type == "qwen3")
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads,
+                 kv_heads=config.num_key_value_heads, head_width=head_width, inner=config.intermediate_size, vocab=config.vocab_size,
+                 rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings, qkv_bias=qwen2 or bias,
+                 o_bias=bias, qk_norm=config.model_type == "qwen3")
 
 
 # ---------------------------------------------------------------- the cache
@@ -92,7 +93,8 @@ class Cache:
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype):
-        self.key_LBKSE, self.value_LBKSE = torch.zeros(2, shape.layers, rows, shape.kv_heads, slots, shape.head_width, dtype=dtype, device=pad_B.device)
+        size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
+        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=dtype, device=pad_B.device)
         self.pad_B, self.length = pad_B, 0
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,7 @@ class Cache:
 
 
 def visible(pad_B: Tensor, start: int, length: int) -> Tensor:
-    """mask_B1TS: the query in slot start + t sees the keys in slots pad <= s <= start + t; a padding query sees itself, so that no row is empty."""
+    """mask_B1TS: the query in slot start + t sees slots pad <= s <= start + t; a padding query sees itself, so that no row is empty."""
     query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
     key_S = torch.arange(start + length, device=pad_B.device)
     mask_BTS = (key_S <= query_T1) & ((key_S >= pad_B[:, None, None]) | (key_S == query_T1))
@@ -130,7 +132,10 @@ class RMSNorm(nn.Module):
 
 
 def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, [B, 1, T, E] (Su et al., arXiv 2104.09864). Angles in fp32: bf16 cannot tell position 1000 from 1001."""
+    """
+    cos and sin of each position's angles, [B, 1, T, E] (Su et al., arXiv 2104.09864). Angles in fp32: bf16 cannot tell position 1000
+    from 1001.
+    """
     rate_E2 = shape.rope_theta ** (-torch.arange(0, shape.head_width, 2, device=position_BT.device).float() / shape.head_width)
     angle_BTE = (position_BT[..., None].float() * rate_E2).repeat(1, 1, 2)
     return angle_BTE.cos()[:, None].to(dtype), angle_BTE.sin()[:, None].to(dtype)
@@ -279,10 +284,10 @@ def find(name: str) -> Path:
         try:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-            stop(f"{name}: no such folder, and no hub model of that name can be reached; give a folder with config.json and model.safetensors.")
+            stop(f"{name}: no such folder, and no hub model of that name can be reached; give a folder with config.json and weights.")
     for needed in ("config.json", "*.safetensors"):
         if not list(folder.glob(needed)):
-            stop(f"{folder}: no {needed} there; give a Hugging Face folder with safetensors weights, or a run folder that has finished its warm start.")
+            stop(f"{folder}: no {needed} there; give a Hugging Face folder with safetensors weights, or a run folder past its warm start.")
     return folder
 
 
@@ -302,7 +307,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
     except (SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
-        stop(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); it is damaged or of another architecture, give another.")
+        stop(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); it is damaged or of another shape, give another.")
     return model
 
 
@@ -321,13 +326,17 @@ def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for entry in listed for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
 
 
+def their_name(key: str) -> str:
+    """The name in a Hugging Face checkpoint of one of our parameters."""
+    return key if key.startswith("lm_head") else f"model.{key}"
+
+
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a Hugging Face folder: these weights (under this file's names; `model` itself may be sharded), configs and tokenizer."""
     from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
     # weights gathered from several ranks arrive as slices of common buffers; safetensors wants each in memory of its own
-    named = {key if key.startswith("lm_head") else f"model.{key}": tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
-    save_torch_state_dict(named, folder)
+    save_torch_state_dict({their_name(key): tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}, folder)
     config = model.config
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.dtype = next(iter(weights.values())).dtype
@@ -341,16 +350,17 @@ def main() -> None:
     cli = ArgumentParser(description="Compare this file's logits with those of transformers, on random tokens.")
     cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
     args = cli.parse_args()
-    config = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    ours = load(args.model) if args.model else new_model(config, seed=0)
+    ours = load(args.model) if args.model else new_model(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                                                                     num_attention_heads=4, num_key_value_heads=2), seed=0)
     theirs = AutoModelForCausalLM.from_config(ours.config, dtype=torch.float32).eval()
-    theirs.load_state_dict({key if key.startswith("lm_head") else f"model.{key}": tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
+    theirs.load_state_dict({their_name(key): tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
     ids_BT = torch.randint(ours.shape.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
         theirs_BTV = theirs(ids_BT).logits
     print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {ours.shape}")
-    print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {(ours_BTV - theirs_BTV).abs().max():.1e} (logits up to {theirs_BTV.abs().max():.1f})")
+    print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {(ours_BTV - theirs_BTV).abs().max():.1e}, "
+          f"where the largest logit is {theirs_BTV.abs().max():.1f}")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, sto
 
 
 @torch.no_grad()
-def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float = 1.0, label: str = "") -> list[Sample]:
+def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float = 1.0,
+           label: str = "") -> list[Sample]:
     """
     A reply to each prompt, in order, of at most uniform_NT.shape[1] tokens. Temperature 0 takes the likeliest token and records its
     log-probability at temperature 1. Longest prompts go first, so that each batch pads little and the first one shows the memory it needs.
@@ -139,7 +140,8 @@ def main() -> None:
     prompt = chat_ids(tokenizer, "{text}", args.question)
     reply = sample(model, [prompt], uniforms(args.seed, 0, [0], 0, args.max_new_tokens), stop_ids(model, tokenizer), args.temperature)[0]
     print(tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
-    print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}, {'stopped' if reply.stopped else 'cut at --max-new-tokens'}]")
+    ending = "stopped" if reply.stopped else "cut at --max-new-tokens"
+    print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}, {ending}]")
 
 
 if __name__ == "__main__":

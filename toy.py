@@ -186,7 +186,7 @@ def answer(pair: tuple[str, str], refuse: bool, cot: bool) -> str:
 
 
 def demonstration(rng: np.random.Generator, setting: Setting) -> tuple[list[int], list[int]]:
-    """A prompt and a reply, as token ids: an attacker that disguises, or a defender that refuses what is plainly bad and falls for disguises."""
+    """A prompt and a reply, as token ids: an attacker that disguises, or a defender that refuses the plainly bad and falls for disguises."""
     harmful, role, chance = rng.random() < 0.5, rng.random(), rng.random()
     pair = SHOWN[harmful][rng.integers(len(SHOWN[harmful]))]
     tactics = SHOWN_SETS[rng.integers(len(SHOWN_SETS))]
@@ -204,9 +204,10 @@ def demonstration(rng: np.random.Generator, setting: Setting) -> tuple[list[int]
 
 def newborn(tokenizer: PreTrainedTokenizerFast, seed: int) -> Transformer:
     """About a million random parameters: an ordinary Llama, four layers of width 128."""
-    return new_model(LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                                 num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
-                                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return new_model(config, seed)
 
 
 def warm_start(setting: Setting, steps: int, seed: int, label: str = "", rows: int = 64, lr: float = 3e-3) -> Transformer:
@@ -241,7 +242,7 @@ def main() -> None:
     for tactics in (frozenset(), frozenset({"story"}), frozenset({"code", "backwards"}), frozenset({"role", "dream", "foreign"})):
         text = disguise(pair, tactics, "apple")
         verdict = judge([Exchange(text, steps(pair), True)])[0]
-        print(f"{text}\n    asks for {request(text)} by {sorted(tactics_in(text))}; the answer '{steps(pair)}' is harmful: {verdict.response_harmful}")
+        print(f"{text}\n    asks for {request(text)} by {sorted(tactics_in(text))}; '{steps(pair)}' is harmful: {verdict.response_harmful}")
 
 
 if __name__ == "__main__":

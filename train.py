@@ -9,7 +9,6 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
 Algorithm: Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it. Left out on purpose: a critic,
 an adaptive KL, and a second pass for old log-probabilities where one update per step makes the ratio 1 by construction.
 """
-import csv
 import dataclasses
 import hashlib
 import json
@@ -36,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import toy
-from judge import Judge, open_judge
+from judge import TEXT_COLUMNS, Judge, open_judge, read_labelled, read_rows
 from model import Transformer, find, load, open_tokenizer, save, score, stop, stop_ids
 from sample import Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs, play, plays_of,
@@ -45,9 +44,9 @@ from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, 
 
 # ---------------------------------------------------------------- configuration
 
-def opt(default: object, source: str, help: str, toy: object = None, **extra: object) -> dataclasses.Field:
-    """A knob: its default and where that comes from; `toy` is the default in the embedded world where it differs."""
-    return field(default=default, metadata={"source": source, "help": help, "toy": toy, **extra})
+def opt(default: object, source: str, help: str, toy: object = None, cpu: object = None, choices: tuple | None = None) -> dataclasses.Field:
+    """A knob: its default and where that comes from, and what takes its place in the toy world or where there is no GPU."""
+    return field(default=default, metadata={"source": source, "help": help, "toy world": toy, "no GPU": cpu, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Config:
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
-    max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48)
+    max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=192)
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank")
     warm_steps: int = opt(800, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
@@ -88,14 +87,15 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     cli = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"nargs": "+"} if f.type == list[str] else {"type": f.type}
-        shown = f"{f.default}" + (f"; toy world {f.metadata['toy']}" if f.metadata["toy"] is not None else "")
-        cli.add_argument("--" + f.name.replace("_", "-"), default=None, choices=f.metadata.get("choices"), help=f"{f.metadata['help']} [{shown}]", **kind)
+        shown = "; ".join([str(f.default), *(f"{f.metadata[where]} in: {where}" for where in ("toy world", "no GPU") if f.metadata[where] is not None)])
+        cli.add_argument("--" + f.name.replace("_", "-"), default=None, choices=f.metadata["choices"], help=f"{f.metadata['help']} [{shown}]", **kind)
     given = {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
-    in_toy_world, values, sources = given.get("judge", "toy") == "toy", {}, {}
+    here = ["toy world"] * (given.get("judge", "toy") == "toy") + ["no GPU"] * (not torch.cuda.is_available())
+    values, sources = {}, {}
     for f in fields(Config):
-        from_toy = in_toy_world and f.metadata["toy"] is not None
-        values[f.name] = given.get(f.name, f.metadata["toy"] if from_toy else f.default)
-        sources[f.name] = "command line" if f.name in given else "toy world" if from_toy else f.metadata["source"]
+        special = next((where for where in here if f.metadata[where] is not None), None)
+        values[f.name] = given.get(f.name, f.metadata[special] if special else f.default)
+        sources[f.name] = "command line" if f.name in given else special or f.metadata["source"]
     values["out"] = values["out"] or f"runs/{values['judge'].split(':')[0]}-{values['play']}-{values['seed']}"
     return Config(**values), sources
 
@@ -128,47 +128,6 @@ def check_config(cfg: Config, world: int) -> None:
 
 
 # ---------------------------------------------------------------- files of seeds
-
-TEXT_COLUMNS = ("prompt", "text", "goal", "vanilla", "behavior", "Behavior", "forbidden_prompt")
-LABELS = {"harmful": True, "benign": False, "unharmful": False, "safe": False, "unsafe": True, "1": True, "0": False, "true": True, "false": False}
-
-
-def read_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """(line or row number, row) of a JSONL, CSV or JSON file; what cannot be read is refused by file and line."""
-    if not Path(path).is_file():
-        stop(f"{path}: no such file; give a JSONL, CSV or JSON file.")
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    if path.endswith(".csv"):
-        yield from enumerate(csv.DictReader(text.splitlines(keepends=True)), 2)
-        return
-    try:
-        if path.endswith(".json"):
-            yield from enumerate(json.loads(text), 1)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        stop(f"{path}, line {number if not path.endswith('.json') else error.lineno}: not valid JSON ({error.msg}); mend the line or remove it.")
-
-
-def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> list[tuple[str, bool]]:
-    """(text, harmful) of every row, without duplicates and rows that have no text."""
-    named = next((value for word, value in (("benign", False), ("harmful", True), ("toxic", True)) if word in Path(path).name.lower()), None)
-    found: dict[str, bool] = {}
-    for number, row in read_rows(path):
-        column = next((c for c in columns if isinstance(row, dict) and c in row), None)
-        if column is None:
-            stop(f"{path}, line {number}: none of the columns {', '.join(columns)} is there; rename the column that holds the prompt.")
-        label = LABELS.get(str(row.get("harmful", row.get("label", ""))).lower(), named)
-        if label is None:
-            stop(f"{path}, line {number}: harmful or benign? Add a column 'label', or put the word into the file's name.")
-        if isinstance(row[column], str) and row[column].strip():
-            found.setdefault(row[column].strip(), label)
-    if not found:
-        stop(f"{path}: holds no prompts; give a file with at least one.")
-    return list(found.items())
-
 
 def read_sft(path: str, cot: bool) -> list[tuple[str, str]]:
     """(prompt, response) of every line; with thoughts on, a response is a whole reply, thought included."""

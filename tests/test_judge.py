@@ -1,7 +1,7 @@
 """The refusal-phrase rule."""
 import pytest
 
-from judge import Exchange, Verdict, is_refusal, keywords, open_judge
+from judge import Exchange, Verdict, is_refusal, keywords, open_judge, read_labelled
 
 REFUSED = ["I'm sorry, but I can't help with that.", "I\u2019m sorry, no.", "  I cannot assist with this request.", "Sorry! Not doing that.", "As an AI, I do not do this.",
            "I apologize, but that is unsafe.", "I won't do that.", "Unfortunately, I cannot say.", "I must decline.", "", "   "]
@@ -34,3 +34,12 @@ def test_an_unknown_judge_is_refused_with_the_names_of_those_there_are(capsys):
     with pytest.raises(SystemExit) as stopped:
         open_judge("oracle")
     assert stopped.value.code == 2 and "keywords" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("seeds_harmful.jsonl", '{"prompt": "a"}\n{"prompt": "a"}\n\n{"prompt": " b "}\n', [("a", True), ("b", True)]),
+    ("x_benign.csv", "goal,target\nc,d\n", [("c", False)]),
+    ("any.json", '[{"text": "e", "label": 1}, {"text": "f", "label": 0}]', [("e", True), ("f", False)])])
+def test_seeds_are_read_by_their_columns(name, text, expected, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert read_labelled(str(tmp_path / name)) == expected

@@ -15,7 +15,7 @@ from conftest import measured
 from model import score
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, Play, Reply, Turn, pack
-from train import Config, Ranks, micro_batches, pack_plays, policy_loss, read_labelled, schedule, seed_pools, step_line, update
+from train import Config, Ranks, micro_batches, pack_plays, policy_loss, schedule, seed_pools, step_line, update
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "3", "--games", "8", "--warm-steps", "40", "--seed", "5"]
@@ -153,15 +153,6 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
     (tmp_path / "games.jsonl").write_text('{"attack": "tell a story", "harmful": true}\n{"attack": null, "harmful": false}\n')
     pools = seed_pools(Config(play="defender", attacks=str(tmp_path / "games.jsonl")))
     assert [s.text for s in pools[0]] == ["tell a story"] and len(pools[1]) > 100 and len(pools[2]) > 100
-
-
-@pytest.mark.parametrize("name, text, expected", [
-    ("seeds_harmful.jsonl", '{"prompt": "a"}\n{"prompt": "a"}\n\n{"prompt": " b "}\n', [("a", True), ("b", True)]),
-    ("x_benign.csv", "goal,target\nc,d\n", [("c", False)]),
-    ("any.json", '[{"text": "e", "label": 1}, {"text": "f", "label": 0}]', [("e", True), ("f", False)])])
-def test_seeds_are_read_by_their_columns(name, text, expected, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert read_labelled(str(tmp_path / name)) == expected
 
 
 # ---------------------------------------------------------------- launch
