@@ -96,9 +96,6 @@ class Subject:
     model: Transformer
     setting: Setting
 
-    def __post_init__(self) -> None:
-        self.model.eval()
-
     def reply(self, prompts: list[list[int]], temperature: float, seed: int, label: str) -> list:
         uniform_NT = uniforms(seed, 0, range(len(prompts)), 0, REPLY)
         samples = sample(self.model, prompts, uniform_NT, stop_ids(self.model, self.setting.tokenizer), temperature, label)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
@@ -38,8 +40,8 @@ import toy
 from judge import TEXT_COLUMNS, Judge, open_judge, read_labelled, read_rows
 from model import Transformer, find, load, open_tokenizer, save, score, stop, stop_ids
 from sample import Sample, plain_ids, sample, uniforms
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs, play, plays_of,
-                      record, returns, transcript, whiten)
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
+                      play, plays_of, record, returns, transcript, whiten)
 
 
 # ---------------------------------------------------------------- configuration
@@ -49,14 +51,17 @@ def opt(default: object, source: str, help: str, toy: object = None, cpu: object
     return field(default=default, metadata={"source": source, "help": help, "toy world": toy, "no GPU": cpu, "choices": choices})
 
 
+PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}   # the roles that learn
+
+
 @dataclass(frozen=True)
 class Config:
     """Every knob of a run. Counts are global: ranks divide them."""
     model: str = opt("toy", "ours", "checkpoint folder, run folder or hub name; toy: born and warm-started here")
     judge: str = opt("toy", "ours", "toy, or the name of a judge in judge.py")
-    seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON; labels from a column, or from 'harmful' or 'benign' in the file's name")
-    play: str = opt("self", "paper", "self; attacker: the defender is the frozen start; defender: nobody rewrites", choices=("self", "attacker", "defender"))
-    attacks: str = opt("", "ours", "a file of recorded attacks, such as a run's games.jsonl, asked in place of fresh ones; needs --play defender")
+    seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON; labels from a column, or from 'harmful' or 'benign' in a name")
+    play: str = opt("self", "paper", "attacker: the defender is the frozen start; defender: nobody rewrites", choices=PLAYS)
+    attacks: str = opt("", "ours", "a file of recorded attacks, such as a games.jsonl, asked in place of fresh ones; needs --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", choices=tuple(REWARDS))
     cot: bool = opt(True, "paper", "think in private before writing")
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for the supervised term")
@@ -87,8 +92,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     cli = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
         kind = {"action": BooleanOptionalAction} if f.type is bool else {"nargs": "+"} if f.type == list[str] else {"type": f.type}
-        shown = "; ".join([str(f.default), *(f"{f.metadata[where]} in: {where}" for where in ("toy world", "no GPU") if f.metadata[where] is not None)])
-        cli.add_argument("--" + f.name.replace("_", "-"), default=None, choices=f.metadata["choices"], help=f"{f.metadata['help']} [{shown}]", **kind)
+        elsewhere = [f"{where}: {f.metadata[where]}" for where in ("toy world", "no GPU") if f.metadata[where] is not None]
+        shown = f"{f.metadata['help']} [{'; '.join([str(f.default), *elsewhere])}]"
+        cli.add_argument("--" + f.name.replace("_", "-"), default=None, choices=f.metadata["choices"], help=shown, **kind)
     given = {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
     here = ["toy world"] * (given.get("judge", "toy") == "toy") + ["no GPU"] * (not torch.cuda.is_available())
     values, sources = {}, {}
@@ -120,7 +126,8 @@ def check_config(cfg: Config, world: int) -> None:
     out = Path(cfg.out)
     if cfg.resume and not (out / "latest").is_file():
         stop(f"--resume: {out} holds no complete checkpoint; start it without --resume.")
-    if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    begun = out.is_dir() and {p.name for p in out.iterdir()} <= {"config.json", "step_000000"}   # stopped before it had a start
+    if not cfg.resume and out.exists() and not begun:
         stop(f"{out} exists and will not be overwritten; choose another folder with --out, or continue it with --resume.")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
@@ -136,7 +143,7 @@ def read_sft(path: str, cot: bool) -> list[tuple[str, str]]:
         if not isinstance(row, dict) or not {"prompt", "response"} <= row.keys():
             stop(f"{path}, line {number}: needs the columns prompt and response.")
         if not parse_reply(row["response"], cot).well_formed:
-            stop(f"{path}, line {number}: the response is not of the form 'thought </think> <answer> text </answer>'; mend it, or train with --no-cot.")
+            stop(f"{path}, line {number}: the response is not 'thought </think> <answer> text </answer>'; mend it, or train with --no-cot.")
         pairs.append((row["prompt"], row["response"]))
     if not pairs:
         stop(f"{path}: holds no pairs; give a file with at least one.")
@@ -156,7 +163,8 @@ def seed_pools(cfg: Config) -> list[list[Seed]]:
         attacks = [text for text, label in recorded if label == harmful] or texts
         if not texts:
             stop(f"--seeds: no {'harmful' if harmful else 'benign'} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
-        pools += [[Seed(text, harmful, revise=cfg.play != "defender") for text in attacks], [Seed(text, harmful, revise=False) for text in texts]]
+        pools.append([Seed(text, harmful, revise=cfg.play != "defender") for text in attacks])
+        pools.append([Seed(text, harmful, revise=False) for text in texts])
     return pools
 
 
@@ -174,6 +182,9 @@ class Ranks:
         return self.rank == 0
 
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # one process saves by itself, and means to
+
+
 def setup() -> Ranks:
     """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
@@ -189,7 +200,8 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """Move to the device; with several processes, split every layer's parameters among them (FSDP2)."""
     model = model.to(ranks.device)
     if ranks.world > 1:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if ranks.device.type == "cuda" else MixedPrecisionPolicy()
+        compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32   # the sharded master weights stay fp32
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for block in model.layers:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -265,7 +277,7 @@ def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[in
 
 
 def pack_plays(plays: list[Play], rows: list[int], per_token: list[list], device: torch.device) -> tuple[Tensor, ...]:
-    """Pack these rows; an empty micro-batch becomes one row of two tokens that no mask selects, so that the pass happens but weighs nothing."""
+    """Pack these rows; an empty micro-batch becomes a row of two tokens that no mask selects: the pass happens but weighs nothing."""
     if not rows:
         ids_BT = torch.zeros(1, 2, dtype=torch.long, device=device)
         return ids_BT, torch.zeros_like(ids_BT, dtype=torch.bool), *(torch.zeros(1, 2, device=device) for _ in per_token)
@@ -286,8 +298,8 @@ def rescore(model: Transformer, plays: list[Play], cfg: Config, ranks: Ranks) ->
     return [by_row[i] for i in range(len(plays))]
 
 
-def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Play], old: list, advantage: list[np.ndarray], demos: list[tuple], cfg: Config,
-           ranks: Ranks) -> list[dict]:
+def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Play], old: list[np.ndarray], advantage: list[np.ndarray],
+           demos: list[tuple], cfg: Config, ranks: Ranks) -> list[dict]:
     """
     One optimiser update on these plays, and on the supervised pairs `demos` if there are any. Returns, on every rank, sums per micro-batch
     and role for the log. With one update a step the old policy is the policy itself: old = logprob, detached, and the ratio is exactly 1.
@@ -297,7 +309,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Pl
     role = [np.full(len(p.turn.ids), p.turn.role == ATTACKER, dtype=np.float32) for p in plays]
     sampled = [np.array(p.turn.logprobs) for p in plays]
     for rows in tqdm(micro_batches(lengths, ranks, cfg.micro_tokens), desc="update", leave=False, delay=3, disable=not ranks.main):
-        ids_BT, mask_BT, advantage_BT, old_BT, attacker_BT, sampled_BT = pack_plays(plays, rows, [advantage, old, role, sampled], ranks.device)
+        ids_BT, mask_BT, *values = pack_plays(plays, rows, [advantage, old, role, sampled], ranks.device)
+        advantage_BT, old_BT, attacker_BT, sampled_BT = values
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         old_BT = old_BT if cfg.updates > 1 else logprob_BT.detach()
         losses = {name: policy_loss(logprob_BT, old_BT, advantage_BT, mask_BT & (attacker_BT == flag), n_tokens, cfg.clip)
@@ -305,17 +318,18 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Pl
         (sum(losses.values()) * ranks.world).backward()   # FSDP averages over ranks; we want the sum
         with torch.no_grad():
             ratio_BT = (logprob_BT - old_BT).exp() * mask_BT
-            sums.append({"loss_attacker": losses[ATTACKER].item(), "loss_defender": losses[DEFENDER].item(), "ratio_max": ratio_BT.max().item(),
-                         "mismatch": (logprob_BT - sampled_BT)[mask_BT].abs().sum().item(), "entropy": entropy_BT.sum().item()})
+            sums.append({"loss_attacker": losses[ATTACKER].item(), "loss_defender": losses[DEFENDER].item(),
+                         "ratio_max": ratio_BT.max().item(), "entropy": entropy_BT.sum().item(),
+                         "mismatch": (logprob_BT - sampled_BT)[mask_BT].abs().sum().item()})
     sums += [{"loss_sft": loss} for loss in supervised(policy, demos, cfg, ranks)]
-    sums.append({"grad_norm": full_norm(list(policy.parameters())) / ranks.world})   # every rank holds the same number; the log sums over ranks
+    sums.append({"grad_norm": full_norm(list(policy.parameters())) / ranks.world})   # the same on every rank, and the log sums over ranks
     optimizer.step()
     optimizer.zero_grad()
     return gather_list(sums, ranks)
 
 
 def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cfg: Config, ranks: Ranks) -> list[float]:
-    """Backward of the supervised term: cross-entropy in nats per token of the responses, times its coefficient; the ranks share the pairs."""
+    """Backward of the supervised term: cross-entropy in nats per token of the responses; the ranks share the pairs."""
     losses, n_tokens = [], sum(len(reply) for _, reply in demos)
     for rows in micro_batches([len(p) + len(r) for p, r in demos], ranks, cfg.micro_tokens):
         if rows:
@@ -331,7 +345,9 @@ def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cf
 
 def sft_batch(demos: list[tuple[str, str]], setting: Setting, cfg: Config, n: int) -> list[tuple[list[int], list[int]]]:
     """The n-th update's supervised pairs as token ids, one for every eight games: 16 at the official run's size."""
-    chosen = np.random.default_rng((cfg.seed, n, 1)).choice(len(demos), size=min(len(demos), max(1, cfg.games // 8)), replace=False) if demos else []
+    if not demos:
+        return []
+    chosen = np.random.default_rng((cfg.seed, n, 1)).choice(len(demos), size=min(len(demos), max(1, cfg.games // 8)), replace=False)
     end = [setting.tokenizer.eos_token_id]
     return [(setting.defender_prompt(demos[i][0]), plain_ids(setting.tokenizer, demos[i][1]) + end) for i in chosen]
 
@@ -383,15 +399,16 @@ def update_metrics(sums: list[dict], n_tokens: int, updates: int) -> dict[str, f
     """A step's updates, averaged over the step and not over its last micro-batch."""
     total = lambda key: sum(s.get(key, 0.0) for s in sums)
     metrics = {key: total(key) / updates for key in ("loss_attacker", "loss_defender", "grad_norm")}
-    metrics |= {key: total(key) / max(1, n_tokens) for key in ("mismatch", "entropy")} | {"ratio_max": max((s.get("ratio_max", 0.0) for s in sums), default=0.0)}
+    metrics |= {key: total(key) / max(1, n_tokens) for key in ("mismatch", "entropy")}
+    metrics["ratio_max"] = max((s.get("ratio_max", 0.0) for s in sums), default=0.0)
     return metrics | ({"loss_sft": total("loss_sft") / updates} if any("loss_sft" in s for s in sums) else {})
 
 
 def step_line(step: int, steps: int, m: dict) -> str:
     """One line of the log, at most 120 columns."""
     rate = lambda key: f"{m[key]:4.0%}" if m[key] is not None else "  --"
-    return (f"step {step:4d}/{steps} | attack won {rate('asr')} | over-refusal {rate('over_refusal')} | benign answered {rate('benign_answered')} | "
-            f"forfeit {rate('forfeit')} | kl {m['kl'] or 0:.3f} | {m['seconds']:.1f}s")
+    return (f"step {step:4d}/{steps} | attack won {rate('asr')} | over-refusal {rate('over_refusal')} | "
+            f"benign answered {rate('benign_answered')} | forfeit {rate('forfeit')} | kl {m['kl'] or 0:.3f} | {m['seconds']:.1f}s")
 
 
 def table_before_after(lines: list[dict]) -> str:
@@ -400,7 +417,8 @@ def table_before_after(lines: list[dict]) -> str:
     for key in ("asr", "over_refusal", "benign_answered", "forfeit", "kl", "entropy"):
         ends = [mean([line[key] for line in part if line.get(key) is not None]) for part in (lines[:tenth], lines[-tenth:])]
         rows.append(f"  {key:16s} " + "   ".join(f"{e:7.3f}" if e is not None else "     --" for e in ends))
-    return f"  {'against its own attacker':16s}\n  {'':16s}   first    last   (means over {tenth} step{'s' * (tenth > 1)})\n" + "\n".join(rows)
+    head = f"  against its own attacker, means over {tenth} step{'s' * (tenth > 1)}\n  {'':16s}   first      last\n"
+    return head + "\n".join(rows)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -435,6 +453,7 @@ def warm_started(cfg: Config, setting: Setting, out: Path) -> None:
     source = "".join((Path(__file__).parent / name).read_text() for name in ("toy.py", "model.py"))
     key = {"seed": cfg.seed, "steps": cfg.warm_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
     folder = out / "step_000000"
+    shutil.rmtree(folder, ignore_errors=True)   # half of one, if the run was stopped here before
     for other in sorted(out.parent.glob("*/step_000000/warm_start.json")):
         if json.loads(other.read_text()) == key:
             tqdm.write(f"warm start: the same as in {other.parent.parent}, copied")
@@ -485,11 +504,12 @@ def open_setting(cfg: Config) -> tuple[Setting, Judge]:
 def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
     """The configuration, with the origin of every value."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
-    return "\n".join([*lines, f"  {cfg.games} games a step = {ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type} x {cfg.games // ranks.world}"])
+    shares = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type} x {cfg.games // ranks.world}"
+    return "\n".join([*lines, f"  {cfg.games} games a step = {shares}"])
 
 
 def show_results(cfg: Config, out: Path) -> None:
-    """The end of a run: its own numbers, the held-out exam of the embedded world before and after, and the curves, by the commands a reader would type."""
+    """The end of a run: its own numbers, then what a reader would type next: the held-out exam before and after, and the curves."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     print(f"\n{table_before_after(lines)}\n", flush=True)
     here = Path(__file__).parent
@@ -527,7 +547,6 @@ def main() -> None:
         load_optimizer(newest, policy, optimizer, ranks)
         on_main(ranks, lambda: truncate_logs(out, first))
     stops, rate, rewards = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward]
-    roles = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}[cfg.play]
 
     for step in range(first, cfg.steps):
         begun = time.time()
@@ -537,14 +556,13 @@ def main() -> None:
         mine = [n for n in range(ranks.rank * share, (ranks.rank + 1) * share) if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
-        policy.eval()
         with gathered(policy), gathered(reference):
             games = play([seeds[n] for n in mine], mine, setting, *players(policy, reference, stops, cfg, step, ranks), judge)
         games = gather_list(games, ranks)
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
-        plays = plays_of(games, rewards, roles, cfg.cot)
+        plays = plays_of(games, rewards, PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, plays, cfg, ranks)
         old = rescore(policy, plays, cfg, ranks) if cfg.updates > 1 else [np.array(p.turn.logprobs) for p in plays]
         gains = [returns(p.payoff + p.shaping, np.array(p.turn.logprobs), r, cfg.kl) for p, r in zip(plays, reference_logprob)]
@@ -559,11 +577,13 @@ def main() -> None:
                            sft_batch(demos, setting, cfg, step * cfg.updates + n), cfg, ranks)
 
         # 5. log
-        n_sampled, n_tokens = sum(len(t.ids) for g in games for t in (g.attacker, g.defender) if t), sum(len(p.turn.ids) for p in plays)
+        n_sampled = sum(len(t.ids) for g in games for t in (g.attacker, g.defender) if t)
+        n_tokens = sum(len(p.turn.ids) for p in plays)
         now = time.time()
         metrics = {"step": step + 1, **game_metrics(games, plays, cfg), **credit_metrics(plays, advantage, reference_logprob),
-                   **update_metrics(sums, n_tokens, cfg.updates), "lr": optimizer.param_groups[0]["lr"], "sample_tokens_per_s": n_sampled / (played - begun),
-                   "train_tokens_per_s": n_tokens / (now - played), "seconds": now - begun}
+                   **update_metrics(sums, n_tokens, cfg.updates), "lr": optimizer.param_groups[0]["lr"],
+                   "sample_tokens_per_s": n_sampled / (played - begun), "train_tokens_per_s": n_tokens / (now - played),
+                   "seconds": now - begun}
         log0(ranks, step_line(step + 1, cfg.steps, metrics))
         on_main(ranks, lambda: write_logs(out, metrics, games, step + 1))
         if (step + 1) % 25 == 0 or step + 1 == cfg.steps:

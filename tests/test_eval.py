@@ -40,9 +40,6 @@ def test_bleu_by_hand():
 class Oracle(Subject):
     """A subject that answers by rule: it refuses what has an even number of letters."""
 
-    def __post_init__(self):
-        pass
-
     def reply(self, prompts, temperature, seed, label):
         texts = [self.setting.tokenizer.decode(p, skip_special_tokens=True).removesuffix(" <think>") for p in prompts]
         answers = [toy.REFUSAL if len(t) % 2 == 0 else toy.steps(toy.request(t)) for t in texts]

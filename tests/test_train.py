@@ -252,6 +252,15 @@ def test_bad_input_gets_one_sentence_and_exit_status_2_before_any_work(args, wor
     assert sorted(bad.rglob("*")) == before and (bad / "taken" / "precious").read_text() == "do not touch"
 
 
+def test_a_run_that_was_stopped_in_its_warm_start_can_be_started_again(runs):
+    out = runs / "stopped"
+    (out / "step_000000").mkdir(parents=True)
+    (out / "config.json").write_text("{}")
+    (out / "step_000000" / "model.safetensors").write_text("half")
+    succeeds("--steps", "1", "--games", "4", "--warm-steps", "40", "--seed", "5", "--out", out)
+    assert (out / "latest").read_text() == "step_000001"
+
+
 def test_a_run_folder_is_never_overwritten(runs):
     before = {path: path.stat().st_mtime_ns for path in (runs / "one").rglob("*")}
     done = run(*SMALL, "--out", runs / "one")
