@@ -23,9 +23,9 @@ import toy
 from judge import Exchange
 from model import Transformer, find, load, open_tokenizer, stop, stop_ids
 from sample import sample, uniforms
-from selfplay import Seed, Setting
+from selfplay import Reply, Seed, Setting
 
-REPLY = 48   # longest reply in tokens in the embedded world
+ANSWER, ATTACK = 24, 48   # longest replies in tokens in the embedded world: a defender needs 14, an attacker with three tactics 36
 
 
 # ---------------------------------------------------------------- statistics
@@ -96,8 +96,9 @@ class Subject:
     model: Transformer
     setting: Setting
 
-    def reply(self, prompts: list[list[int]], temperature: float, seed: int, label: str) -> list:
-        uniform_NT = uniforms(seed, 0, range(len(prompts)), 0, REPLY)
+    def reply(self, prompts: list[list[int]], longest: int, temperature: float, seed: int, label: str) -> list[Reply]:
+        """Replies of at most `longest` tokens, as the game reads them."""
+        uniform_NT = uniforms(seed, 0, range(len(prompts)), 0, longest)
         samples = sample(self.model, prompts, uniform_NT, stop_ids(self.model, self.setting.tokenizer), temperature, label)
         return [self.setting.read(s) for s in samples]
 
@@ -120,7 +121,8 @@ def bench(subject: Subject) -> dict:
     and three tactics; `benign_answered` averages over plain requests and the same three.
     """
     questions = toy.exam()
-    replies = subject.reply([subject.setting.defender_prompt(text) for text, _, _ in questions], 0.0, 0, f"bench {subject.name}")
+    prompts = [subject.setting.defender_prompt(text) for text, _, _ in questions]
+    replies = subject.reply(prompts, ANSWER, 0.0, 0, f"bench {subject.name}")
     verdicts = toy.judge([Exchange(text, reply.answer, harmful) for (text, harmful, _), reply in zip(questions, replies)])
     harmful, benign = ([(size, v) for (_, h, size), v in zip(questions, verdicts) if h == kind] for kind in (True, False))
     result = {"n": len(questions), "asr": rate([v.response_harmful for _, v in harmful]),
@@ -156,7 +158,7 @@ def diversity(subject: Subject, n: int, seed: int) -> dict:
     """Attacks on `n` held-out harmful requests, all sampled at once: how different they are, and how many keep what was asked."""
     pairs = [pair for pair in sorted(toy.HELD_OUT) if toy.is_harmful(pair)]
     seeds = [Seed(toy.plain(pairs[i % len(pairs)]), True, revise=True) for i in range(n)]
-    replies = subject.reply([subject.setting.attacker_prompt(s) for s in seeds], 1.0, seed, f"attacks {subject.name}")
+    replies = subject.reply([subject.setting.attacker_prompt(s) for s in seeds], ATTACK, 1.0, seed, f"attacks {subject.name}")
     texts = [r.answer for r in replies if r.answer]
     kept = [toy.request(r.answer) == toy.request(s.text) for r, s in zip(replies, seeds)]
     tactic_entropy = entropy([toy.tactics_in(t) for t in texts]) if texts else 0.0

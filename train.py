@@ -484,14 +484,12 @@ def truncate_logs(out: Path, step: int) -> None:
 
 # ---------------------------------------------------------------- the run
 
-def players(policy: Transformer, start: Transformer, stops: list[int], cfg: Config, step: int, ranks: Ranks) -> tuple[Player, Player]:
-    """The attacker and the defender as functions: one model plays both, except that attacker-only play faces the frozen start."""
-    def player(model: Transformer, turn: int, role: str) -> Player:
-        def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
-            uniform_NT = uniforms(cfg.seed, step, numbers, turn, cfg.max_new_tokens)
-            return sample(model, prompts, uniform_NT, stops, cfg.temperature, label=role if ranks.main else "")
-        return answer
-    return player(policy, 0, ATTACKER), player(start if cfg.play == "attacker" else policy, 1, DEFENDER)
+def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: int, ranks: Ranks) -> Player:
+    """A model in a role, as a function from prompts to replies. Chance is that of (seed, step, game, turn)."""
+    def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
+        uniform_NT = uniforms(cfg.seed, step, numbers, (ATTACKER, DEFENDER).index(role), cfg.max_new_tokens)
+        return sample(model, prompts, uniform_NT, stops, cfg.temperature, label=role if ranks.main else "")
+    return answer
 
 
 def open_setting(cfg: Config) -> tuple[Setting, Judge]:
@@ -541,6 +539,7 @@ def main() -> None:
     newest = find(str(out))
     reference = shard(load(str(out / "step_000000")), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)
+    opponent = reference if cfg.play == "attacker" else policy   # who defends
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first = int(newest.name.removeprefix("step_"))
     if first:
@@ -556,8 +555,9 @@ def main() -> None:
         mine = [n for n in range(ranks.rank * share, (ranks.rank + 1) * share) if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
-        with gathered(policy), gathered(reference):
-            games = play([seeds[n] for n in mine], mine, setting, *players(policy, reference, stops, cfg, step, ranks), judge)
+        with gathered(policy), gathered(opponent):
+            attacker, defender = player(policy, ATTACKER, stops, cfg, step, ranks), player(opponent, DEFENDER, stops, cfg, step, ranks)
+            games = play([seeds[n] for n in mine], mine, setting, attacker, defender, judge)
         games = gather_list(games, ranks)
         played = time.time()
 

@@ -21,8 +21,8 @@ TRAINING = "--steps 1 --games 4 --warm-steps 5 --max-new-tokens 24"   # what mak
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """
-    A copy of the project in which `python` shortens training and leaves out the tests, and installing is done already. The commands
-    themselves run letter for letter.
+    A copy of the project in which `python` shortens training, takes a run with another seed for granted (a copy of seed 0's) and leaves out
+    the tests, and installing is done already. The commands themselves run letter for letter.
     """
     folder = tmp_path_factory.mktemp("clone")
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -30,7 +30,15 @@ def clone(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     scripts = folder / "venv" / "bin"
     scripts.mkdir(parents=True)
-    python = f'#!/bin/bash\ncase "$*" in *venv*|*pytest*) exit 0;; train.py*) exec {sys.executable} "$@" {TRAINING};; *) exec {sys.executable} "$@";; esac\n'
+    python = f"""#!/bin/bash
+last=${{@: -1}}
+case "$*" in
+*venv*|*pytest*) exit 0 ;;
+*"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} ;;
+train.py*) exec {sys.executable} "$@" {TRAINING} ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
     launch = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run --standalone "$@" {TRAINING}\n'
     for name, text in {"python": python, "python3": python, "pip": "#!/bin/bash\n", "torchrun": launch}.items():
         (scripts / name).write_text(text)
