@@ -21,7 +21,7 @@ import numpy as np
 
 import toy
 from judge import Exchange
-from model import Transformer, find, load, open_tokenizer, stop, stop_ids
+from model import Transformer, load, open_tokenizer, stop, stop_ids
 from sample import sample, uniforms
 from selfplay import Reply, Seed, Setting
 
@@ -247,7 +247,8 @@ def main() -> None:
     commands = cli.add_subparsers(required=True)
     for name, act, help in (("bench", main_bench, "attack success and benign requests answered"),
                             ("diversity", main_diversity, "how different a run's attacks are"),
-                            ("report", main_report, "runs of several kinds and seeds in one table"), ("plot", main_plot, "training curves")):
+                            ("report", main_report, "runs of several kinds and seeds in one table"),
+                            ("plot", main_plot, "training curves")):
         command = commands.add_parser(name, help=help)
         command.set_defaults(act=act)
         command.add_argument("models", nargs="+", metavar="RUN" if name in ("report", "plot") else "MODEL")

@@ -447,8 +447,8 @@ def load_optimizer(folder: Path, policy: Transformer, optimizer: torch.optim.Opt
 
 def warm_started(cfg: Config, setting: Setting, out: Path) -> None:
     """
-    Write the toy model's starting point, out/step_000000. A function of the settings and of toy.py alone, so a sibling run that has the same
-    one lends it; `warm_start.json` inside says what it is.
+    Write the toy model's starting point, out/step_000000. It depends on few settings, so a sibling run that has the same one lends it;
+    `warm_start.json` inside says what it is.
     """
     source = "".join((Path(__file__).parent / name).read_text() for name in ("toy.py", "model.py"))
     key = {"seed": cfg.seed, "steps": cfg.warm_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
@@ -464,6 +464,17 @@ def warm_started(cfg: Config, setting: Setting, out: Path) -> None:
     tqdm.write(f"warm start: {cfg.warm_steps} supervised updates in {time.time() - begun:.0f} s")
     save(folder, model.state_dict(), model, setting.tokenizer)
     (folder / "warm_start.json").write_text(json.dumps(key))
+
+
+def write_start(cfg: Config, given: Transformer | None, setting: Setting, out: Path) -> None:
+    """The run folder with what the run begins with: its configuration, and the model of step 0."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    if given is None:
+        warm_started(cfg, setting, out)
+    else:
+        save(out / "step_000000", given.state_dict(), given, setting.tokenizer)
+    (out / "latest").write_text("step_000000")
 
 
 def write_logs(out: Path, metrics: dict, games: list[Game], step: int) -> None:
@@ -527,16 +538,9 @@ def main() -> None:
     log0(ranks, describe(cfg, sources, ranks))
 
     # 0. the start: a model of its own, or a checkpoint; frozen, it is the reference
-    on_main(ranks, lambda: out.mkdir(parents=True, exist_ok=True))
     if not cfg.resume:
-        on_main(ranks, lambda: (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1)))
-        if cfg.model == "toy":
-            on_main(ranks, lambda: warm_started(cfg, setting, out))
-        else:
-            on_main(ranks, lambda: save(out / "step_000000", given.state_dict(), given, setting.tokenizer))
-        on_main(ranks, lambda: (out / "latest").write_text("step_000000"))
-    del given
-    newest = find(str(out))
+        on_main(ranks, lambda: write_start(cfg, given, setting, out))
+    given, newest = None, find(str(out))
     reference = shard(load(str(out / "step_000000")), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)
     opponent = reference if cfg.play == "attacker" else policy   # who defends
