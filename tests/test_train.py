@@ -205,7 +205,7 @@ def test_a_recorded_pool_takes_the_place_of_the_attacker(runs):
 
 def test_a_run_shows_its_configuration_games_tables_and_curves(runs):
     printed = (runs / "printed").read_text()
-    for words in ("lr              0.0002", "toy world", "command line", "step    3/3", "verdict", "against its own attacker", "| attack success (down) |", "curves.png"):
+    for words in ("lr              0.0003", "toy world", "command line", "step    3/3", "verdict", "against its own attacker", "| attack success (down) |", "curves.png"):
         assert words in printed, words
     assert (runs / "one" / "curves.png").exists() and all(line["zero_sum_gap"] == 0 for line in metrics(runs / "one"))
 
