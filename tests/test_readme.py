@@ -15,7 +15,7 @@ from train import Config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-TRAINING = "--steps 1 --games 4 --warm-steps 5 --max-new-tokens 24"   # what makes a training command take seconds
+TRAINING = "--steps 1 --games 16 --warm-steps 80 --max-new-tokens 40"   # what makes a training command take seconds
 
 
 @pytest.fixture(scope="module")
