@@ -35,7 +35,7 @@ def test_logits_equal_those_of_transformers_with_padding_on_either_side(name, tm
 
 @torch.no_grad()
 def test_cached_equals_uncached(tiny):
-    ids_BT, pad_B = torch.randint(171, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4, 2])
+    ids_BT, pad_B = torch.randint(tiny.shape.vocab, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4, 2])
     whole = tiny(ids_BT, all_logits, pad_B=pad_B)
     cache = Cache(tiny.shape, 3, 9, pad_B, torch.float32)
     steps = [tiny(ids_BT[:, :5], last_logits, cache=cache)] + [tiny(ids_BT[:, t:t + 1], last_logits, cache=cache) for t in range(5, 9)]
@@ -45,7 +45,7 @@ def test_cached_equals_uncached(tiny):
 
 @torch.no_grad()
 def test_score_is_aligned_with_its_tokens(tiny):
-    ids_BT = torch.randint(171, (2, 7), generator=torch.Generator().manual_seed(2))
+    ids_BT = torch.randint(tiny.shape.vocab, (2, 7), generator=torch.Generator().manual_seed(2))
     mask_BT = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]], dtype=torch.bool)
     logprob_BT, entropy_BT = score(tiny, ids_BT, mask_BT, 0.7)
     logp_BTV = torch.log_softmax(tiny(ids_BT, all_logits) / 0.7, -1)
