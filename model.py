@@ -171,7 +171,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.head_width = shape.head_width
 
-    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None,
+                layer: int) -> Tensor:
         split = (*x_BTD.shape[:2], -1, self.head_width)
         query_BHTE = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
         key_BKTE = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
@@ -201,7 +202,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp = SwiGLU(shape)
 
-    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None,
+                layer: int) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -350,8 +352,8 @@ def main() -> None:
     cli = ArgumentParser(description="Compare this file's logits with those of transformers, on random tokens.")
     cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
     args = cli.parse_args()
-    ours = load(args.model) if args.model else new_model(LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                                                                     num_attention_heads=4, num_key_value_heads=2), seed=0)
+    small = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ours = load(args.model) if args.model else new_model(LlamaConfig(**small), seed=0)
     theirs = AutoModelForCausalLM.from_config(ours.config, dtype=torch.float32).eval()
     theirs.load_state_dict({their_name(key): tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
     ids_BT = torch.randint(ours.shape.vocab, (2, 64), generator=torch.Generator().manual_seed(0))

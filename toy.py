@@ -185,7 +185,7 @@ def answer(pair: tuple[str, str], refuse: bool, cot: bool) -> str:
 
 
 def demonstration(rng: np.random.Generator, setting: Setting) -> tuple[list[int], list[int]]:
-    """A prompt and a reply, as token ids: an attacker that disguises, or a defender that refuses the plainly bad and falls for disguises."""
+    """A prompt and a reply, as token ids: an attacker disguises, or a defender refuses the plainly bad and falls for disguises."""
     harmful, role, chance = rng.random() < 0.5, rng.random(), rng.random()
     pair = SHOWN[harmful][rng.integers(len(SHOWN[harmful]))]
     tactics = SHOWN_SETS[rng.integers(len(SHOWN_SETS))]
