@@ -16,6 +16,7 @@ G = H / K query heads that share a key, E head width, L layers, N tokens or turn
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -57,6 +58,7 @@ class Shape:
     inner: int
     vocab: int
     rope_theta: float
+    rope_scaling: tuple[float, float, float, float] | None   # Llama 3's: factor, low and high bound in turns, original context
     norm_eps: float
     tied: bool
     qkv_bias: bool
@@ -64,23 +66,40 @@ class Shape:
     qk_norm: bool
 
 
+ROPES = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+READ = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "rms_norm_eps", "rope_parameters", "attention_bias", "tie_word_embeddings", "initializer_range", "eos_token_id"}
+FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None,
+         "quantization_config": None}                # fields of which we implement this one value
+WITHOUT_EFFECT = {"bos_token_id", "pad_token_id", "use_cache", "max_position_embeddings", "max_window_layers", "pretraining_tp"}
+
+
+def unsupported(config: PreTrainedConfig) -> dict[str, object]:
+    """
+    The fields of a config that ask for something that is not implemented here. A field that `transformers` reads and this file does not
+    know may only have its default; one that `transformers` does not know means nothing to it either.
+    """
+    from transformers import PreTrainedConfig
+    usual = type(config)().to_dict() | {"layer_types": ["full_attention"] * config.num_hidden_layers} | FIXED
+    checked = usual.keys() - READ - WITHOUT_EFFECT - PreTrainedConfig().to_dict().keys()
+    rope = config.rope_parameters
+    known = {"rope_theta"} | ({"rope_type", *ROPES[rope["rope_type"]]} if rope["rope_type"] in ROPES else set())
+    return ({field: value for field, value in config.to_dict().items() if field in checked and value != usual[field]}
+            | {field: value for field, value in rope.items() if field not in known})
+
+
 def shape_of(config: PreTrainedConfig, name: str) -> Shape:
     """The shape behind a config. What we do not implement is refused by name, never ignored."""
-    rope = config.rope_parameters
-    refused = {"model_type": config.model_type if config.model_type not in ARCHITECTURES else None,
-               "rope_type": rope["rope_type"] if rope["rope_type"] != "default" else None,
-               "hidden_act": config.hidden_act if config.hidden_act != "silu" else None,
-               "mlp_bias": getattr(config, "mlp_bias", False) or None,
-               "attention_dropout": config.attention_dropout or None,
-               "sliding_window": getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) or None}
-    for field, value in refused.items():
-        if value is not None:
-            stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; choose another model.")
-    qwen2, bias = config.model_type == "qwen2", getattr(config, "attention_bias", False)
+    if config.model_type not in ARCHITECTURES:
+        stop(f"{name}: config.json says model_type = {config.model_type!r}; model.py implements {', '.join(ARCHITECTURES)}.")
+    for field, value in unsupported(config).items():
+        stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; choose another model.")
+    rope, bias = config.rope_parameters, getattr(config, "attention_bias", False)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads,
                  kv_heads=config.num_key_value_heads, head_width=head_width, inner=config.intermediate_size, vocab=config.vocab_size,
-                 rope_theta=rope["rope_theta"], norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings, qkv_bias=qwen2 or bias,
+                 rope_theta=rope["rope_theta"], rope_scaling=tuple(rope[field] for field in ROPES[rope["rope_type"]]) or None,
+                 norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings, qkv_bias=config.model_type == "qwen2" or bias,
                  o_bias=bias, qk_norm=config.model_type == "qwen3")
 
 
@@ -88,14 +107,23 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
 
 class Cache:
     """
-    Keys and values of every layer in one block of memory of fixed size. All rows write the same slot at the same time: prompts are
-    padded on the left, and the `pad_B` slots in front of row b are never seen. `length` counts the slots in use.
+    Keys and values of every layer in one block of memory of fixed size. All rows write the same slot at the same time:
+
+        slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ...
+
+    The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use.
     """
 
-    def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype):
+    def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=dtype, device=pad_B.device)
-        self.pad_B, self.length = pad_B, 0
+        self.pad_B, self.shared, self.length = pad_B, shared, 0
+
+    def begin_with(self, prefix: Cache) -> None:
+        """Every row begins with the slots of a cache of one row."""
+        self.key_LBKSE[:, :, :, :prefix.length] = prefix.key_LBKSE[:, :, :, :prefix.length]
+        self.value_LBKSE[:, :, :, :prefix.length] = prefix.value_LBKSE[:, :, :, :prefix.length]
+        self.length = prefix.length
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new slots; return all its slots so far. `length` moves once all layers have written."""
@@ -109,12 +137,15 @@ class Cache:
         self.key_LBKSE, self.value_LBKSE, self.pad_B = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B], self.pad_B[row_B]
 
 
-def visible(pad_B: Tensor, start: int, length: int) -> Tensor:
-    """mask_B1TS: the query in slot start + t sees slots pad <= s <= start + t; a padding query sees itself, so that no row is empty."""
+def visible(pad_B: Tensor, start: int, length: int, shared: int = 0) -> Tensor:
+    """
+    mask_B1TS: the query in slot start + t sees the shared slots and its row's own up to itself, padding left out; a padding query sees
+    itself, so that no row of the mask is empty.
+    """
     query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
     key_S = torch.arange(start + length, device=pad_B.device)
-    mask_BTS = (key_S <= query_T1) & ((key_S >= pad_B[:, None, None]) | (key_S == query_T1))
-    return mask_BTS[:, None]
+    is_token_BTS = (key_S < shared) | (key_S >= shared + pad_B[:, None, None])
+    return ((key_S <= query_T1) & (is_token_BTS | (key_S == query_T1)))[:, None]
 
 
 # ---------------------------------------------------------------- layers
@@ -131,13 +162,24 @@ class RMSNorm(nn.Module):
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+def rope_rates(shape: Shape, device: torch.device) -> Tensor:
+    """
+    rate_E2: radians per position of each pair of channels (Su et al., arXiv 2104.09864). Llama 3 stretches what turns slowly, so that
+    positions beyond the original context look like positions within it: a pair that makes fewer than `low` turns over that context is
+    slowed down by `factor`, one that makes more than `high` is left alone, and in between the two are blended.
+    """
+    rate_E2 = shape.rope_theta ** (-torch.arange(0, shape.head_width, 2, device=device).float() / shape.head_width)
+    if shape.rope_scaling is None:
+        return rate_E2
+    factor, low, high, original = shape.rope_scaling
+    turns_E2 = original * rate_E2 / (2 * math.pi)
+    kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)
+    return rate_E2 * (kept_E2 + (1 - kept_E2) / factor)
+
+
 def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """
-    cos and sin of each position's angles, [B, 1, T, E] (Su et al., arXiv 2104.09864). Angles in fp32: bf16 cannot tell position 1000
-    from 1001.
-    """
-    rate_E2 = shape.rope_theta ** (-torch.arange(0, shape.head_width, 2, device=position_BT.device).float() / shape.head_width)
-    angle_BTE = (position_BT[..., None].float() * rate_E2).repeat(1, 1, 2)
+    """cos and sin of each position's angles, [B, 1, T, E]. Angles in fp32: bf16 cannot tell position 1000 from 1001."""
+    angle_BTE = (position_BT[..., None].float() * rope_rates(shape, position_BT.device)).repeat(1, 1, 2)
     return angle_BTE.cos()[:, None].to(dtype), angle_BTE.sin()[:, None].to(dtype)
 
 
@@ -227,10 +269,10 @@ class Transformer(nn.Module):
         right needs no mask, because nothing looks to the right. With a cache, ids_BT are the next T slots of every row.
         The head runs inside the forward pass because only there does a sharded model hold its output matrix in full.
         """
-        start, pad_B = (cache.length, cache.pad_B) if cache else (0, pad_B)
+        start, shared, pad_B = (cache.length, cache.shared, cache.pad_B) if cache else (0, 0, pad_B)
         slot_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
-        position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=0)
-        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1])
+        position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=shared)
+        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], shared)
         x_BTD = self.embed_tokens(ids_BT)
         cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
         for layer, block in enumerate(self.layers):
@@ -284,13 +326,23 @@ def find(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                                            ignore_patterns=["original/*", "consolidated*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
             stop(f"{name}: no such folder, and no hub model of that name can be reached; give a folder with config.json and weights.")
     for needed in ("config.json", "*.safetensors"):
         if not list(folder.glob(needed)):
             stop(f"{folder}: no {needed} there; give a Hugging Face folder with safetensors weights, or a run folder past its warm start.")
     return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: those of its index, or the only one; some folders hold a second copy in another format."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -301,23 +353,23 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         with torch.device("meta"):
             model = Transformer(AutoConfig.from_pretrained(folder), name)
         weights = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             weights |= {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
         if model.shape.tied:
             weights.pop("lm_head.weight", None)
         model.load_state_dict(weights, assign=True)
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
-    except (SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
         stop(f"{folder}: the checkpoint cannot be read ({str(error).splitlines()[0]}); it is damaged or of another shape, give another.")
     return model
 
 
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; it must have a chat template, because both players speak through it."""
+def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. With `chat` it must have a chat template, because both players speak through it."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(find(name))
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         stop(f"{name}: its tokenizer has no chat template; choose an instruction-tuned model.")
     return tokenizer
 

@@ -10,10 +10,13 @@ uniform number per token, a function of (seed, step, game, turn). Whoever sample
 """
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,35 +30,70 @@ from model import Cache, Transformer, last_logits, load, open_tokenizer, stop_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SHARED = 16               # tokens that all prompts must have in common for a separate pass over them to pay
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
 
 # ---------------------------------------------------------------- text to tokens
 
+def clean(text: str) -> str:
+    """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@lru_cache(maxsize=8)
+def markup(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every added token but the unknown one, with its id: spellings that are not read as text."""
+    return {word: i for word, i in tokenizer.get_added_vocab().items() if i != tokenizer.unk_token_id}
+
+
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that somebody else wrote: what spells a special token stays plain text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    """Tokens of a text that somebody else wrote: what spells markup is cut after its first character, and stays plain text."""
+    marks, text = markup(tokenizer), clean(text)
+    spelled = re.compile("|".join(f"(?={re.escape(word)})" for word in marks) or "$^")
+    cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
+    pieces = [text[begin:end] for begin, end in pairwise(cuts) if begin < end]
+    ids = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids for piece in pieces]
+    return [i for piece in ids for i in piece if i not in marks.values()]
 
 
 @lru_cache(maxsize=64)
-def frame_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill: str) -> tuple[list[int], list[int]]:
-    """What stands before and after the text in a prompt: our own words and the template's, where markup is markup."""
+def parts_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
+    """What stands before, between and after the texts of a template: our own words and the template's, where markup is markup."""
+    return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(MARK)]
+
+
+def fill(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
+    """
+    Token ids of a template with a text in the place of each MARK. It is tokenised as a whole, as models are trained to see it. Where that
+    yields other markup than the template has by itself, a text has spelled some: then every part is tokenised alone, texts as plain text.
+    """
+    parts, apart = template.split(MARK), parts_ids(tokenizer, template)
+    whole = tokenizer(parts[0] + "".join(clean(t) + p for t, p in zip(texts, parts[1:], strict=True)), add_special_tokens=False).input_ids
+    marks = set(markup(tokenizer).values())
+    if [i for i in whole if i in marks] == [i for part in apart for i in part if i in marks]:
+        return whole
+    return apart[0] + [i for text, part in zip(texts, apart[1:]) for i in plain_ids(tokenizer, text) + part]
+
+
+@lru_cache(maxsize=64)
+def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill: str) -> str:
+    """One user turn in the tokenizer's own template, a MARK for {text}, and the opening of the assistant's turn."""
     message = {"role": "user", "content": instruction.replace("{text}", MARK)}
-    before, after = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True).split(MARK)
-    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (before, after + prefill))
+    rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return rendered if prefill and rendered.rstrip().endswith(prefill) else rendered + prefill   # some templates open the thought
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, prefill: str = "") -> list[int]:
-    """
-    One user turn in the tokenizer's own chat template and the opening of the assistant's. `instruction` is ours and contains {text};
-    `text` is somebody's and never becomes markup: the template is rendered around a mark, and the text is tokenised by itself.
-    """
-    before, after = frame_ids(tokenizer, instruction, prefill)
-    return before + plain_ids(tokenizer, text) + after
+    """A prompt's token ids. `instruction` is ours and contains {text}; `text` is somebody's and never becomes markup."""
+    return fill(tokenizer, chat_template(tokenizer, instruction, prefill), [text])
 
 
 # ---------------------------------------------------------------- tokens to tokens
+
+Done = Callable[[list[int]], bool] | None   # whether a reply that begins with these tokens may end here
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -78,13 +116,30 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return token_B1.squeeze(1).clamp(max=logp_BV.shape[1] - 1)
 
 
-def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, stops: list[int], temperature: float) -> list[Sample]:
-    """One batch, start to end. Rows that have stopped leave the batch once they are half of it."""
-    device, steps = model.embed_tokens.weight.device, uniform_BT.shape[1]
+def prefill(model: Transformer, prompts: list[list[int]], steps: int) -> tuple[Cache, Tensor]:
+    """
+    A cache with room for all prompts and `steps` more tokens, and the ids_BT that are still to be run. What all prompts begin with, such
+    as an instruction, is run once and has been copied to every row.
+    """
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    shared = shared if shared >= SHARED and len(prompts) > 1 else 0
     longest = max(map(len, prompts))
     pad_B = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-    cache = Cache(model.shape, len(prompts), longest + steps, pad_B, model.embed_tokens.weight.dtype)
+    ids_BT = torch.tensor([[0] * (longest - len(p)) + p[shared:] for p in prompts], device=device)
+    cache = Cache(model.shape, len(prompts), longest + steps, pad_B, dtype, shared)
+    if shared:
+        common = Cache(model.shape, 1, shared, pad_B.new_zeros(1), dtype)
+        model(torch.tensor([prompts[0][:shared]], device=device), lambda hidden_BTD, weight_VD: None, cache=common)
+        cache.begin_with(common)
+    return cache, ids_BT
+
+
+def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, stops: list[int], temperature: float, done: Done) -> list[Sample]:
+    """One batch, start to end. Rows that have stopped leave the batch once they are half of it."""
+    steps = uniform_BT.shape[1]
+    cache, ids_BT = prefill(model, prompts, steps)
+    device = ids_BT.device
     token_BT = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
     logprob_BT = torch.zeros(len(prompts), steps, device=device)
     uniform_BT, stop_S = uniform_BT.to(device), torch.tensor(stops, device=device)
@@ -95,7 +150,10 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, sto
         next_B = draw(logp_BV, uniform_BT[live_B, t]) if temperature else logp_BV.argmax(-1)
         token_BT[live_B, t] = next_B
         logprob_BT[live_B, t] = logp_BV.gather(1, next_B[:, None]).squeeze(1)
-        length_B[live_B] = torch.where(torch.isin(next_B, stop_S) & (length_B[live_B] == steps), t + 1, length_B[live_B])
+        ends_B = torch.isin(next_B, stop_S)
+        if done:
+            ends_B |= torch.tensor([done(ids) for ids in token_BT[live_B, :t + 1].tolist()], device=device)
+        length_B[live_B] = torch.where(ends_B & (length_B[live_B] == steps), t + 1, length_B[live_B])
         going_B = length_B[live_B] > t + 1
         n_going = int(going_B.sum())
         if n_going == 0:
@@ -110,11 +168,11 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, sto
 
 @torch.no_grad()
 def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float = 1.0,
-           label: str = "") -> list[Sample]:
+           label: str = "", done: Done = None) -> list[Sample]:
     """
     A reply to each prompt, in order, of at most uniform_NT.shape[1] tokens. Temperature 0 takes the likeliest token and records its
     log-probability at temperature 1. Longest prompts go first, so that each batch pads little and the first one shows the memory it needs.
-    With a `label`, a progress bar appears when sampling takes seconds.
+    A reply ends with a stop token, or as soon as `done` says so of its tokens. With a `label`, a progress bar appears after two seconds.
     """
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     replies: list[Sample | None] = [None] * len(prompts)
@@ -122,7 +180,7 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
         while order:
             rows = max(1, CACHE_SLOTS // (len(prompts[order[0]]) + uniform_NT.shape[1]))
             batch, order = order[:rows], order[rows:]
-            for n, reply in zip(batch, decode(model, [prompts[n] for n in batch], uniform_NT[batch], stops, temperature)):
+            for n, reply in zip(batch, decode(model, [prompts[n] for n in batch], uniform_NT[batch], stops, temperature, done)):
                 replies[n] = reply
             bar.update(len(batch))
     return replies

@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import toy
-from judge import TEXT_COLUMNS, Judge, open_judge, read_labelled, read_rows
+from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
 from model import Transformer, find, load, open_tokenizer, save, score, stop, stop_ids
 from sample import Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
@@ -58,8 +58,8 @@ PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEF
 class Config:
     """Every knob of a run. Counts are global: ranks divide them."""
     model: str = opt("toy", "ours", "checkpoint folder, run folder or hub name; toy: born and warm-started here")
-    judge: str = opt("toy", "ours", "toy, or the name of a judge in judge.py")
-    seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON; labels from a column, or from 'harmful' or 'benign' in a name")
+    judge: str = opt("toy", "ours", "toy, keywords, or FORMAT:MODEL with a format in judge.py, such as wildguard:allenai/wildguard")
+    seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON, labelled by a column, by harmful=FILE or by name")
     play: str = opt("self", "paper", "attacker: the defender is the frozen start; defender: nobody rewrites", choices=PLAYS)
     attacks: str = opt("", "ours", "a file of recorded attacks, such as a games.jsonl, asked in place of fresh ones; needs --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", choices=tuple(REWARDS))
@@ -69,11 +69,12 @@ class Config:
     steps: int = opt(200, "paper", "rounds of play and update", toy=120)
     games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4")
     updates: int = opt(1, "ours", "optimiser updates a step; the official run makes 6")
-    lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=3e-4)
+    lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=2e-4)
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=192)
+    max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank")
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
@@ -118,7 +119,7 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.judge != "toy":
-        open_judge(cfg.judge)
+        check_judge(cfg.judge)
     if cfg.judge != "toy" and not cfg.seeds:
         stop(f"--judge {cfg.judge} needs seeds: add --seeds harmful.jsonl benign.jsonl.")
     if cfg.judge != "toy" and cfg.model == "toy":
@@ -150,22 +151,25 @@ def read_sft(path: str, cot: bool) -> list[tuple[str, str]]:
     return pairs
 
 
-def seed_pools(cfg: Config) -> list[list[Seed]]:
+def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     """
-    The four pools that `mix` draws from in equal shares: harmful and benign, each once for the attacker and once raw. A mode of play is a
-    choice of seeds: without an attacker no seed is marked for revision, and recorded attacks take the place of those that would have been.
+    The four pools that `mix` draws from in equal shares, harmful and benign, each once for the attacker and once raw; and a line on every
+    file that was read. A mode of play is a choice of seeds: without an attacker no seed is marked for revision, and recorded attacks take
+    the place of those that would have been.
     """
-    labelled = [row for path in cfg.seeds for row in read_labelled(path)] or toy.seeds()
-    recorded = read_labelled(cfg.attacks, ("attack", *TEXT_COLUMNS)) if cfg.attacks else []
+    files = [read_labelled(path) for path in cfg.seeds]
+    labelled = [row for file in files for row in file.rows] or toy.seeds()
+    attacks = [read_labelled(path, ATTACK_COLUMNS) for path in [cfg.attacks] if path]
+    recorded = [row for file in attacks for row in file.rows]
     pools = []
     for harmful in (True, False):
         texts = [text for text, label in labelled if label == harmful]
-        attacks = [text for text, label in recorded if label == harmful] or texts
+        asked = [text for text, label in recorded if label == harmful] or texts
         if not texts:
             stop(f"--seeds: no {'harmful' if harmful else 'benign'} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
-        pools.append([Seed(text, harmful, revise=cfg.play != "defender") for text in attacks])
+        pools.append([Seed(text, harmful, revise=cfg.play != "defender") for text in asked])
         pools.append([Seed(text, harmful, revise=False) for text in texts])
-    return pools
+    return pools, [file.summary for file in files + attacks]
 
 
 # ---------------------------------------------------------------- distributed: the only place where ranks exist
@@ -193,13 +197,15 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    elif cuda:   # a group of one: bf16 compute over fp32 master weights is FSDP's work on one GPU too
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(int(os.environ.get("RANK", 0)), world, device)
 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """Move to the device; with several processes, split every layer's parameters among them (FSDP2)."""
+    """Move to the device; on GPUs, and with several processes, split every layer's parameters among them (FSDP2)."""
     model = model.to(ranks.device)
-    if ranks.world > 1:
+    if dist.is_initialized():
         compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32   # the sharded master weights stay fp32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for block in model.layers:
@@ -219,6 +225,23 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)   # FSDP2's own default: all but the root
         part.reshard()
+
+
+def seated(judge: Judge, ranks: Ranks) -> Judge:
+    """A judge model's weights take up a GPU only while it judges: before and after they are split among the ranks, or on the CPU."""
+    if not isinstance(judge, JudgeModel):
+        return judge
+    if ranks.world > 1:
+        judge.model = shard(judge.model, ranks)
+
+    def judged(exchanges: list[Exchange]) -> list[Verdict]:
+        with gathered(judge.model):
+            judge.model.to(ranks.device)
+            verdicts = judge(exchanges)
+        if ranks.world == 1:
+            judge.model.to("cpu")
+        return verdicts
+    return judged
 
 
 def gather_list(mine: list, ranks: Ranks) -> list:
@@ -428,7 +451,7 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
     final, partial = out / f"step_{step:06d}", out / f"partial_{step:06d}"
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     on_main(ranks, lambda: (shutil.rmtree(partial, ignore_errors=True), save(partial, weights, policy, setting.tokenizer)))
-    dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=partial / "optimizer", no_dist=ranks.world == 1)
+    dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=partial / "optimizer", no_dist=not dist.is_initialized())
 
     def publish() -> None:
         shutil.rmtree(final, ignore_errors=True)
@@ -441,7 +464,7 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
 def load_optimizer(folder: Path, policy: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Restore the optimizer's state in place, on any number of ranks."""
     state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "optimizer", no_dist=ranks.world == 1)
+    dcp.load(state, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
     set_optimizer_state_dict(policy, optimizer, state["optimizer"])
 
 
@@ -510,6 +533,27 @@ def open_setting(cfg: Config) -> tuple[Setting, Judge]:
     return Setting(open_tokenizer(cfg.model), ENGLISH, cfg.cot), open_judge(cfg.judge)
 
 
+def check_lengths(cfg: Config, pools: list[list[Seed]], setting: Setting, model: Transformer | None) -> None:
+    """Refuse seeds and replies that the model's context cannot hold."""
+    if model is None:
+        return
+    context, longest = model.config.max_position_embeddings, max((seed for pool in pools for seed in pool), key=lambda seed: len(seed.text))
+    asked = max(len(setting.attacker_prompt(longest)), len(setting.defender_prompt("")) + cfg.max_new_tokens * (cfg.play != "defender"))
+    if asked + cfg.max_new_tokens > context:
+        stop(f"--max-new-tokens {cfg.max_new_tokens}: a prompt of up to {asked} tokens and its reply do not fit into the {context} tokens of "
+             f"{cfg.model}; choose at most {(context - asked) // 2}, or leave out the seed that begins {longest.text[:40]!r}.")
+
+
+def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> None:
+    """A judge that cannot be read is no judge."""
+    judged = [g for g in games if g.defender.reply.answer]
+    unreadable = sum(not g.verdict.readable for g in judged)
+    if unreadable > cfg.max_unreadable * len(judged):
+        log0(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts of {cfg.judge} cannot be read, more than --max-unreadable "
+                    f"{cfg.max_unreadable} allows; give a judge of that format. The newest checkpoint is in {cfg.out}.")
+        raise SystemExit(2)
+
+
 def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
     """The configuration, with the origin of every value."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
@@ -531,11 +575,12 @@ def main() -> None:
     cfg, sources = parse_config()
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
-    pools, demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
+    (pools, read), demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
     ranks, out = setup(), Path(cfg.out)
     setting, judge = open_setting(cfg)
     given = load(cfg.model) if cfg.model != "toy" else None   # opened before anything is written: it may be damaged
-    log0(ranks, describe(cfg, sources, ranks))
+    check_lengths(cfg, pools, setting, given)
+    log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
 
     # 0. the start: a model of its own, or a checkpoint; frozen, it is the reference
     if not cfg.resume:
@@ -549,6 +594,7 @@ def main() -> None:
     if first:
         load_optimizer(newest, policy, optimizer, ranks)
         on_main(ranks, lambda: truncate_logs(out, first))
+    judge = seated(judge, ranks)
     stops, rate, rewards = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward]
 
     for step in range(first, cfg.steps):
@@ -563,6 +609,7 @@ def main() -> None:
             attacker, defender = player(policy, ATTACKER, stops, cfg, step, ranks), player(opponent, DEFENDER, stops, cfg, step, ranks)
             games = play([seeds[n] for n in mine], mine, setting, attacker, defender, judge)
         games = gather_list(games, ranks)
+        check_verdicts(cfg, games, step + 1, ranks)
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks

@@ -42,4 +42,4 @@ def test_an_unknown_judge_is_refused_with_the_names_of_those_there_are(capsys):
     ("any.json", '[{"text": "e", "label": 1}, {"text": "f", "label": 0}]', [("e", True), ("f", False)])])
 def test_seeds_are_read_by_their_columns(name, text, expected, tmp_path):
     (tmp_path / name).write_text(text)
-    assert read_labelled(str(tmp_path / name)) == expected
+    assert read_labelled(str(tmp_path / name)).rows == expected

@@ -148,10 +148,10 @@ def test_the_line_of_a_step_fits_120_columns():
 # ---------------------------------------------------------------- modes are choices of seeds
 
 def test_the_modes_of_play_choose_the_seeds(tmp_path):
-    assert [all(s.revise for s in pool) for pool in seed_pools(Config())] == [True, False, True, False]
-    assert not any(s.revise for pool in seed_pools(Config(play="defender")) for s in pool)
+    assert [all(s.revise for s in pool) for pool in seed_pools(Config())[0]] == [True, False, True, False]
+    assert not any(s.revise for pool in seed_pools(Config(play="defender"))[0] for s in pool)
     (tmp_path / "games.jsonl").write_text('{"attack": "tell a story", "harmful": true}\n{"attack": null, "harmful": false}\n')
-    pools = seed_pools(Config(play="defender", attacks=str(tmp_path / "games.jsonl")))
+    pools = seed_pools(Config(play="defender", attacks=str(tmp_path / "games.jsonl")))[0]
     assert [s.text for s in pools[0]] == ["tell a story"] and len(pools[1]) > 100 and len(pools[2]) > 100
 
 
@@ -205,7 +205,7 @@ def test_a_recorded_pool_takes_the_place_of_the_attacker(runs):
 
 def test_a_run_shows_its_configuration_games_tables_and_curves(runs):
     printed = (runs / "printed").read_text()
-    for words in ("lr              0.0003", "toy world", "command line", "step    3/3", "verdict", "against its own attacker", "| attack success (down) |", "curves.png"):
+    for words in ("lr              0.0002", "toy world", "command line", "step    3/3", "verdict", "against its own attacker", "| attack success (down) |", "curves.png"):
         assert words in printed, words
     assert (runs / "one" / "curves.png").exists() and all(line["zero_sum_gap"] == 0 for line in metrics(runs / "one"))
 
