@@ -267,7 +267,7 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
     """(line or row number, row) of a JSONL, JSON, CSV or TSV file; what cannot be read is refused by file and line."""
     if not Path(path).is_file():
         stop(f"{path}: no such file; give a JSONL, CSV or JSON file.")
-    text = clean(Path(path).read_text(encoding="utf-8", errors="replace"))
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
     if path.endswith((".csv", ".tsv")):
         yield from enumerate(csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if path.endswith(".tsv") else ","), 2)
         return
@@ -322,7 +322,7 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
         if column and str(row[column]).strip():
             context = row.get("ContextString")                       # HarmBench: what the request is about
             text = (f"{context}\n\n---\n\n" if context else "") + str(row[column])
-            found.setdefault(text.strip(), label)
+            found.setdefault(clean(text).strip(), label)
             used.add(column)
             n_rows += 1
     if not found:

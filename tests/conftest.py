@@ -1,12 +1,14 @@
 """What the tests share: one tiny random model that speaks the toy language, and a ruler that prints what it measures."""
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # for models this small one thread is fastest, and tests may run side by side
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import toy
 from model import new_model
@@ -36,3 +38,28 @@ def tiny(tokenizer):
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          tie_word_embeddings=True, initializer_range=0.4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return new_model(config, seed=0)
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def byte_tokenizer(chat_template=CHATML, corpus=("the quick brown fox asks how to bake bread and what to do next. ",)):
+    """What real models have: a byte-level BPE with special tokens, and with added tokens that are not special."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+                                  special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"])
+    core.train_from_iterator(corpus, trainer)
+    core.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>", "<tool_call>")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", chat_template=chat_template,
+                                   clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A real chat model of 135 million parameters, where there is one."""
+    folder = Path(os.environ.get("SELF_REDTEAM_ASSETS", Path.home() / ".cache" / "self-redteam")) / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        pytest.skip(f"SmolLM2-135M-Instruct is not in {folder.parent}; set SELF_REDTEAM_ASSETS to the folder that holds it")
+    return str(folder)
