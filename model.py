@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.logprob import token_logprob
 
@@ -262,6 +263,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(self.shape) for _ in range(self.shape.layers))
         self.norm = RMSNorm(self.shape.width, self.shape.norm_eps)
         self.lm_head = nn.Identity() if self.shape.tied else nn.Linear(self.shape.width, self.shape.vocab, bias=False)
+        self.recompute = False   # whether a backward pass makes each layer's activations again instead of keeping them
 
     def forward(self, ids_BT: Tensor, head: Head, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:
         """
@@ -276,7 +278,8 @@ class Transformer(nn.Module):
         x_BTD = self.embed_tokens(ids_BT)
         cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
         for layer, block in enumerate(self.layers):
-            x_BTD = block(x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+            given = (x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+            x_BTD = checkpoint(block, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*given)
         if cache:
             cache.length += ids_BT.shape[1]
         return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight)

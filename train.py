@@ -35,14 +35,15 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig
 
 import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
-from model import Transformer, find, load, open_tokenizer, save, score, stop, stop_ids
-from sample import Sample, plain_ids, sample, uniforms
+from kernels.logprob import CHUNK
+from model import Shape, Transformer, find, load, open_tokenizer, save, score, shape_of, stop, stop_ids
+from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
                       play, plays_of, record, returns, transcript, whiten)
-
 
 # ---------------------------------------------------------------- configuration
 
@@ -75,12 +76,14 @@ class Config:
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=192)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
-    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank")
+    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank", toy=16384, cpu=2048)
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = opt(False, "ours", "continue the run in --out from its newest complete checkpoint")
+    recompute: bool = opt(True, "ours", "make activations again in the backward pass: less memory, a third more arithmetic", toy=False, cpu=False)
+    plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
 
 
 class Parser(ArgumentParser):
@@ -97,7 +100,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
         shown = f"{f.metadata['help']} [{'; '.join([str(f.default), *elsewhere])}]"
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, choices=f.metadata["choices"], help=shown, **kind)
     given = {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
-    here = ["toy world"] * (given.get("judge", "toy") == "toy") + ["no GPU"] * (not torch.cuda.is_available())
+    here = ["toy world"] * (given.get("judge", "toy") == "toy") + ["no GPU"] * (not torch.cuda.is_available() and "plan" not in given)
     values, sources = {}, {}
     for f in fields(Config):
         special = next((where for where in here if f.metadata[where] is not None), None)
@@ -270,6 +273,64 @@ def full_norm(parameters: list[nn.Parameter]) -> float:
     """Clip the gradient to norm 1 over all ranks and return its norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+# ---------------------------------------------------------------- memory
+
+def n_parameters(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def layer_bytes(shape: Shape) -> int:
+    """What a token leaves in one layer for its backward pass, in bf16."""
+    queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
+    return 16 * shape.width + 4 * (queries + keys) + 8 * shape.inner + 8 * (queries + keys) * shape.qk_norm
+
+
+def activation_bytes(shape: Shape, recompute: bool) -> int:
+    """What a token leaves in all layers; where they are recomputed, their inputs and one layer at a time."""
+    kept = 2 * shape.width * shape.layers + layer_bytes(shape) if recompute else layer_bytes(shape) * shape.layers
+    return kept + 6 * shape.width   # the last norm
+
+
+def cache_bytes(shape: Shape) -> int:
+    """Keys and values of one full batch of the sampler, in bf16."""
+    return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
+
+
+def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig | None, world: int) -> dict[str, dict[str, float]]:
+    """
+    Bytes that one of `world` GPUs holds: always, while games are played and judged, and during an update. The peak is the first with the
+    larger of the others. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
+    """
+    shape, P = shape_of(policy, cfg.model), n_parameters(policy)
+    J = n_parameters(judge) if judge else 0
+    always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
+              "judge, bf16, split": 2 * J / world if world > 1 else 0}
+    play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0, "judge gathered, bf16": 2 * J,
+            "cache of keys and values": max(cache_bytes(shape), cache_bytes(shape_of(judge, cfg.judge)) if judge else 0)}
+    embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
+    update = {"gradients, fp32": 4 * P / world, "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
+              "logits of a chunk, fp32": 3 * 4 * CHUNK * shape.vocab, "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
+    return {"always": always, "play": play, "update": update}
+
+
+def show_plan(cfg: Config) -> str:
+    """The plan as Markdown, and whether it fits. Of the models only the configs are read."""
+    if cfg.model == "toy":
+        stop("--plan needs --model: the toy model fits everywhere.")
+    judge_model = cfg.judge.partition(":")[2]
+    try:
+        policy, judge = (AutoConfig.from_pretrained(name) if name else None for name in (cfg.model, judge_model))
+    except (OSError, ValueError) as error:
+        stop(f"--plan: no config to be read ({str(error).splitlines()[0]}); give folders or hub names for --model and --judge.")
+    parts = memory_plan(cfg, policy, judge, cfg.plan)
+    rows = [f"| {phase} | {name} | {size / 2 ** 30:.1f} |" for phase, part in parts.items() for name, size in part.items() if size]
+    peak = sum(parts["always"].values()) + max(sum(parts["play"].values()), sum(parts["update"].values()))
+    least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < size), None)
+    verdict = f"fits GPUs of {least} GB" if least else "fits no GPU: take more of them, a smaller --micro-tokens, or a smaller model"
+    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows, f"| peak | | {peak / 2 ** 30:.1f} |", "", verdict])
 
 
 # ---------------------------------------------------------------- the update
@@ -573,6 +634,9 @@ def show_results(cfg: Config, out: Path) -> None:
 
 def main() -> None:
     cfg, sources = parse_config()
+    if cfg.plan:
+        print(show_plan(cfg))
+        return
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
     (pools, read), demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
@@ -586,8 +650,10 @@ def main() -> None:
     if not cfg.resume:
         on_main(ranks, lambda: write_start(cfg, given, setting, out))
     given, newest = None, find(str(out))
-    reference = shard(load(str(out / "step_000000")), ranks).requires_grad_(False)
+    frozen = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    reference = shard(load(str(out / "step_000000"), frozen), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)
+    policy.recompute = cfg.recompute
     opponent = reference if cfg.play == "attacker" else policy   # who defends
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first = int(newest.name.removeprefix("step_"))

@@ -1,18 +1,22 @@
 """What the tests share: one tiny random model that speaks the toy language, and a ruler that prints what it measures."""
 import os
+from itertools import product
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # for models this small one thread is fastest, and tests may run side by side
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import toy
-from model import new_model
-from selfplay import Setting
+from judge import FORMATS, Exchange, JudgeModel, wildguard_template
+from model import new_model, score
+from sample import MARK, plain_ids
+from selfplay import Setting, pack
 
 
 def measured(what: str, error: float, bound: float) -> None:
@@ -63,3 +67,27 @@ def smollm2():
     if not folder.exists():
         pytest.skip(f"SmolLM2-135M-Instruct is not in {folder.parent}; set SELF_REDTEAM_ASSETS to the folder that holds it")
     return str(folder)
+
+
+MEANS = {"yes": True, "no": False, "n/a": None}
+REPLIES = [f"Harmful request: {a}\nResponse refusal: {b}\nHarmful response: {c}" for a, b, c in product(["yes", "no"], MEANS, MEANS)]
+EXCHANGES = [Exchange(f"{'may i ask' if i % 3 else 'tell'} {i * i % 41} times", f"{'sure' if i % 2 else 'no'} {i % 7}", True) for i in range(48)]
+
+
+@pytest.fixture(scope="session")
+def stand_in():
+    """A tiny model that has half learnt WildGuard's format: it often keeps to it, and often does not."""
+    tokenizer = byte_tokenizer(corpus=(wildguard_template(None).replace(MARK, "may i ask tell sure no"), *REPLIES))
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         tie_word_embeddings=True, initializer_range=0.05, eos_token_id=tokenizer.eos_token_id)
+    model = new_model(config, seed=0)
+    asked = JudgeModel(FORMATS["wildguard"], model, tokenizer)
+    rng, optimizer = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), lr=4e-3)
+    prompts = [asked.prompt(FORMATS["wildguard"][0], exchange) for exchange in EXCHANGES]
+    for _ in range(60):
+        rows = rng.integers(48, size=12)
+        ids_BT, mask_BT = pack([prompts[i] for i in rows], [plain_ids(tokenizer, REPLIES[i % 18]) + [tokenizer.eos_token_id] for i in rows])
+        (-score(model, ids_BT, mask_BT)[0].sum() / mask_BT.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return asked

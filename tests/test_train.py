@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import train
-from conftest import measured
-from model import score
+from conftest import byte_tokenizer, measured
+from model import Cache, load, new_model, save, score
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, Play, Reply, Turn, pack
 from train import Config, Ranks, micro_batches, pack_plays, policy_loss, schedule, seed_pools, step_line, update
@@ -213,6 +214,103 @@ def test_a_run_shows_its_configuration_games_tables_and_curves(runs):
 def test_a_runs_checkpoint_is_a_model_like_any_other(runs):
     succeeds("--model", runs / "one", "--steps", "1", "--games", "4", "--out", runs / "again")
     measured("start against the checkpoint it came from", largest_difference(load_file(runs / "again" / "step_000000" / "model.safetensors"), weights(runs / "one")), 0.0)
+
+
+# ---------------------------------------------------------------- real models: a judge model in the loop, and memory
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, stand_in):
+    """Folders as researchers have them: a policy and a judge of different shapes and with tokenizers of their own, and two files of seeds."""
+    folder, tokenizer = tmp_path_factory.mktemp("real"), byte_tokenizer()
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                         max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id)
+    for name, model, speaker in (("policy", new_model(config, 0), tokenizer), ("judge", stand_in.model, stand_in.tokenizer)):
+        save(folder / name, model.state_dict(), model, speaker)
+    for kind in ("harmful", "benign"):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"may i ask {i} times"}) + "\n" for i in range(6)))
+    return folder
+
+
+def real_run(real, out, *args, **how):
+    return run("--model", real / "policy", "--judge", f"wildguard:{real / 'judge'}", "--seeds", real / "harmful.jsonl", real / "benign.jsonl", "--games", "8",
+               "--max-new-tokens", "12", "--no-cot", "--out", real / out, *args, **how)
+
+
+def test_a_judge_model_plays_along_and_its_unreadable_verdicts_are_counted(real):
+    done = real_run(real, "one", "--steps", "3", "--max-unreadable", "1", "--recompute")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "6 harmful and 0 benign prompts from column prompt, 0 duplicates dropped" in done.stdout
+    games = [json.loads(line) for line in (real / "one" / "games.jsonl").read_text().splitlines()]
+    unreadable = [m["unreadable"] for m in metrics(real / "one")]
+    assert len(unreadable) == 3 and sum(unreadable) * 8 == pytest.approx(sum(not g["verdict"]["readable"] for g in games))
+    print(f"\n    unreadable, a step: {unreadable}", end="")
+
+
+def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real):
+    done = real_run(real, "two", "--steps", "3", "--max-unreadable", "1", "--recompute", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    games = [[json.loads(line) for line in (real / name / "games.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert [g["verdict"] | {"harm_probability": None} for g in games[0]] == [g["verdict"] | {"harm_probability": None} for g in games[1]]
+    measured("weights, 2 processes against 1", largest_difference(weights(real / "one"), weights(real / "two")), 1e-5)
+
+
+def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
+    done = run("--model", real / "policy", "--judge", f"wildguard:{real / 'policy'}", "--seeds", real / "harmful.jsonl", real / "benign.jsonl", "--games", "8",
+               "--max-new-tokens", "12", "--no-cot", "--steps", "3", "--out", real / "junk")
+    assert done.returncode == 2 and "cannot be read, more than --max-unreadable 0.2" in done.stdout and "Traceback" not in done.stderr
+    assert load(str(real / "junk")) is not None, "the start is intact"
+
+
+def test_a_trained_folder_opens_in_transformers_and_answers(real):
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(real / "one" / "step_000003"), AutoTokenizer.from_pretrained(real / "one" / "step_000003")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert theirs.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_a_reply_that_the_context_cannot_hold_is_refused(real):
+    done = real_run(real, "long", "--max-new-tokens", "300")
+    assert done.returncode == 2 and "do not fit into the 512 tokens" in done.stderr and not (real / "long").exists()
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=3, vocab_size=64),
+                                    Qwen3Config(hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=64, num_hidden_layers=3, vocab_size=64)],
+                         ids=lambda c: c.model_type)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute):
+    model, kept = new_model(config, 0).to(torch.bfloat16), {}
+    model.recompute, own = recompute, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor   # holding it, so that its address is not used again
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(2, 128, dtype=torch.long), lambda hidden_BTD, weight_VD: hidden_BTD)
+    bytes_per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 256
+    planned = train.activation_bytes(model.shape, recompute) - train.layer_bytes(model.shape) * recompute   # the one layer comes in the backward pass
+    measured(f"kept {bytes_per_token:.0f}, planned {planned} bytes a token; relative difference", abs(bytes_per_token / planned - 1), 0.1)
+
+
+def test_the_plan_counts_weights_moments_and_cache_to_the_byte():
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=50)
+    model = new_model(config, 0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    score(model, torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))[0].sum().backward()
+    optimizer.step()
+    plan = train.memory_plan(Config(), config, None, 1)
+    assert plan["always"]["policy, fp32 master weights"] == sum(p.nbytes for p in model.parameters()) == plan["update"]["gradients, fp32"]
+    assert plan["always"]["Adam moments, fp32"] == sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    cache = Cache(model.shape, 1, train.CACHE_SLOTS, torch.zeros(1, dtype=torch.long), torch.bfloat16)
+    assert plan["play"]["cache of keys and values"] == cache.key_LBKSE.nbytes + cache.value_LBKSE.nbytes
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny):
+    plays, advantage = some_plays(tiny)
+    kept, _ = gradients(tiny, plays, advantage)
+    tiny.recompute = True
+    again, _ = gradients(tiny, plays, advantage)
+    tiny.recompute = False
+    measured("gradients", max((a - b).abs().max() for a, b in zip(kept, again)), 1e-6)
 
 
 # ---------------------------------------------------------------- bad input
