@@ -242,13 +242,12 @@ def check_judge(name: str) -> None:
         stop(f"--judge {name}: there is no such judge; choose from {', '.join([*JUDGES, *(f'{kind}:MODEL' for kind in FORMATS)])}, or toy.")
 
 
-def open_judge(name: str) -> Judge:
-    """The judge that `--judge` names. A judge model is loaded in bf16 for a GPU, and stays where it was loaded: on the CPU."""
+def open_judge(name: str, dtype: torch.dtype = torch.float32) -> Judge:
+    """The judge that `--judge` names; a judge model is loaded to the CPU, where its caller finds it."""
     check_judge(name)
     if name in JUDGES:
         return JUDGES[name]
     kind, _, model = name.partition(":")
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return JudgeModel(FORMATS[kind], load(model, dtype).requires_grad_(False), open_tokenizer(model, chat=False))
 
 

@@ -68,13 +68,13 @@ class Config:
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for the supervised term")
     sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
     steps: int = opt(200, "paper", "rounds of play and update", toy=120)
-    games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4")
+    games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4", toy=128, cpu=32)
     updates: int = opt(1, "ours", "optimiser updates a step; the official run makes 6")
     lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=2e-4)
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
-    max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=192)
+    max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=64)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank", toy=16384, cpu=2048)
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
@@ -82,6 +82,7 @@ class Config:
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = opt(False, "ours", "continue the run in --out from its newest complete checkpoint")
+    precision: str = opt("bf16", "paper", "of all arithmetic over fp32 master weights", toy="fp32", cpu="fp32", choices=("bf16", "fp32"))
     recompute: bool = opt(True, "ours", "make activations again in the backward pass: less memory, a third more arithmetic", toy=False, cpu=False)
     plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
 
@@ -179,10 +180,11 @@ def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all: rank of world, and the device it computes on."""
+    """This process's place among all: rank of world, and the device and the precision it computes in."""
     rank: int
     world: int
     device: torch.device
+    compute: torch.dtype = torch.float32
 
     @property
     def main(self) -> bool:
@@ -192,7 +194,7 @@ class Ranks:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # one process saves by itself, and means to
 
 
-def setup() -> Ranks:
+def setup(precision: str) -> Ranks:
     """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -200,17 +202,16 @@ def setup() -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    elif cuda:   # a group of one: bf16 compute over fp32 master weights is FSDP's work on one GPU too
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(int(os.environ.get("RANK", 0)), world, device)
+    elif precision == "bf16":   # a group of one: computing in bf16 over fp32 master weights is FSDP's work here too
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(int(os.environ.get("RANK", 0)), world, device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """Move to the device; on GPUs, and with several processes, split every layer's parameters among them (FSDP2)."""
+    """Move to the device and split every layer's parameters among the processes (FSDP2); they stay in the precision they come in."""
     model = model.to(ranks.device)
     if dist.is_initialized():
-        compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32   # the sharded master weights stay fp32
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=ranks.compute, reduce_dtype=torch.float32)
         for block in model.layers:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -587,11 +588,11 @@ def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: i
     return answer
 
 
-def open_setting(cfg: Config) -> tuple[Setting, Judge]:
+def open_setting(cfg: Config, ranks: Ranks) -> tuple[Setting, Judge]:
     """The language and the judge of the game."""
     if cfg.judge == "toy":
         return Setting(toy.make_tokenizer() if cfg.model == "toy" else open_tokenizer(cfg.model), toy.PROMPTS, cfg.cot), toy.judge
-    return Setting(open_tokenizer(cfg.model), ENGLISH, cfg.cot), open_judge(cfg.judge)
+    return Setting(open_tokenizer(cfg.model), ENGLISH, cfg.cot), open_judge(cfg.judge, ranks.compute)
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], setting: Setting, model: Transformer | None) -> None:
@@ -640,8 +641,8 @@ def main() -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_config(cfg, world)
     (pools, read), demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
-    ranks, out = setup(), Path(cfg.out)
-    setting, judge = open_setting(cfg)
+    ranks, out = setup(cfg.precision), Path(cfg.out)
+    setting, judge = open_setting(cfg, ranks)
     given = load(cfg.model) if cfg.model != "toy" else None   # opened before anything is written: it may be damaged
     check_lengths(cfg, pools, setting, given)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
@@ -650,8 +651,7 @@ def main() -> None:
     if not cfg.resume:
         on_main(ranks, lambda: write_start(cfg, given, setting, out))
     given, newest = None, find(str(out))
-    frozen = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    reference = shard(load(str(out / "step_000000"), frozen), ranks).requires_grad_(False)
+    reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)
     policy.recompute = cfg.recompute
     opponent = reference if cfg.play == "attacker" else policy   # who defends
