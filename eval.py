@@ -10,6 +10,7 @@ Whether it worked.
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. Every rate comes with its 95 % Wilson interval (Wilson,
 JASA 1927). Decoding is greedy for defenders; attackers are sampled at temperature 1.
 """
+import hashlib
 import json
 import math
 from argparse import ArgumentParser, Namespace
@@ -22,7 +23,7 @@ import numpy as np
 
 import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, Verdict, open_judge, read_labelled
-from model import Transformer, load, open_tokenizer, stop, stop_ids
+from model import Transformer, find, load, open_tokenizer, stop, stop_ids, weight_files
 from sample import sample, uniforms
 from selfplay import ENGLISH, Prompts, Reply, Seed, Setting
 
@@ -217,11 +218,18 @@ def spread(values: list[float]) -> str:
 
 def main_report(args: Namespace) -> None:
     rows: dict[str, list[dict]] = {}
+    known: dict[str, dict] = {}   # runs of one seed share their start, which is examined once
+
+    def examined(name: str) -> dict:
+        weights = hashlib.sha256(b"".join(file.read_bytes() for file in weight_files(find(name)))).hexdigest()
+        if weights not in known:
+            subject = open_subject(name)
+            known[weights] = bench(subject) | diversity(subject, args.n, 0)
+        return known[weights]
     for run in args.models:
         config = run_config(run) or stop(f"{run}: not a run folder; give folders that train.py wrote.")
-        begin, end = ((bench(subject), diversity(subject, args.n, 0)) for subject in map(open_subject, (f"{run}/step_000000", run)))
-        rows.setdefault("start", []).append(begin[0] | begin[1])
-        rows.setdefault(kind_of(config), []).append(end[0] | end[1])
+        rows.setdefault("start", []).append(examined(f"{run}/step_000000"))
+        rows.setdefault(kind_of(config), []).append(examined(run))
     shown = {"asr": "attack success (down)", "benign_answered": "benign answered (up)", "inv_self_bleu": "1 - self-BLEU (up)",
              "tactic_entropy": "tactic-set entropy, nats (up)", "faithful": "faithful attacks (up)"}
     value = lambda cell: cell["rate"] if isinstance(cell, dict) else cell

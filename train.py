@@ -80,6 +80,7 @@ class Config:
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
+    exam: bool = opt(True, "ours", "end with the held-out exam of the embedded world, before and after, and with the curves")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = opt(False, "ours", "continue the run in --out from its newest complete checkpoint")
     precision: str = opt("bf16", "paper", "of all arithmetic over fp32 master weights", toy="fp32", cpu="fp32", choices=("bf16", "fp32"))
@@ -628,6 +629,8 @@ def show_results(cfg: Config, out: Path) -> None:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     print(f"\n{table_before_after(lines)}\n", flush=True)
     here = Path(__file__).parent
+    if not cfg.exam:
+        return
     if cfg.judge == "toy":
         subprocess.run([sys.executable, here / "eval.py", "bench", out / "step_000000", out], check=True)
     subprocess.run([sys.executable, here / "eval.py", "plot", out], check=True)

@@ -9,12 +9,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, Qwen2Config
 
+from conftest import byte_tokenizer
+from model import new_model, save
 from train import Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+HUB_NAMES = ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "allenai/wildguard", "path/to/SmolLM2-135M-Instruct")
 TRAINING = "--steps 1 --games 16 --warm-steps 80 --max-new-tokens 40"   # what makes a training command take seconds
 
 
@@ -22,7 +26,7 @@ TRAINING = "--steps 1 --games 16 --warm-steps 80 --max-new-tokens 40"   # what m
 def clone(tmp_path_factory):
     """
     A copy of the project in which `python` shortens training, takes a run with another seed for granted (a copy of seed 0's) and leaves out
-    the tests, and installing is done already. The commands themselves run letter for letter.
+    the tests, installing is done already, and tiny models stand where the names of real ones point. The commands run letter for letter.
     """
     folder = tmp_path_factory.mktemp("clone")
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -34,25 +38,31 @@ def clone(tmp_path_factory):
 last=${{@: -1}}
 case "$*" in
 *venv*|*pytest*) exit 0 ;;
-*"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} ;;
-train.py*) exec {sys.executable} "$@" {TRAINING} ;;
+*"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} --no-exam ;;
+train.py) exec {sys.executable} "$@" {TRAINING} ;;
+train.py*) exec {sys.executable} "$@" {TRAINING} --no-exam ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """
-    launch = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run --standalone "$@" {TRAINING}\n'
+    launch = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run --standalone "${{@/=8/=2}}" {TRAINING} --no-exam\n'   # two processes for eight
     for name, text in {"python": python, "python3": python, "pip": "#!/bin/bash\n", "torchrun": launch}.items():
         (scripts / name).write_text(text)
         (scripts / name).chmod(0o755)
     for kind in ("harmful", "benign"):
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")))
+    vote = {"test_case": "how", "generation": "Sure!", "human_0": 1, "human_1": 1, "human_2": 0}
+    (folder / "harmbench_val.json").write_text(json.dumps({"one": [vote, vote | {"generation": "I cannot.", "human_0": 0}]}))
+    tokenizer = byte_tokenizer()
+    size = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id)
+    for name in HUB_NAMES:   # a folder of that name goes before the hub
+        model = new_model(Qwen2Config(**size) if "Qwen" in name else LlamaConfig(**size), seed=0)
+        save(folder / name, model.state_dict(), model, tokenizer)
     return folder
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 def test_every_command_of_the_readme_runs(block, clone):
-    if "path/to/model" in BLOCKS[block]:
-        (clone / "path" / "to").mkdir(parents=True, exist_ok=True)
-        shutil.copytree(next((clone / "runs").glob("*/step_000000")), clone / "path" / "to" / "model", dirs_exist_ok=True)
     environment = os.environ | {"PATH": f"{clone / 'venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", BLOCKS[block]], cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{BLOCKS[block]}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"

@@ -23,9 +23,9 @@ SMALL = ["--steps", "3", "--games", "8", "--warm-steps", "40", "--seed", "5"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def run(*args, ranks=0, cwd=ROOT):
+def run(*args, ranks=0, cwd=ROOT, exam=False):
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"] if ranks else []
-    return subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=500,
+    return subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), *map(str, args), *["--no-exam"] * (not exam)], cwd=cwd, capture_output=True, text=True, timeout=500,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -39,7 +39,7 @@ def succeeds(*args, **how):
 def runs(tmp_path_factory):
     """A folder with one short default run in it; later runs of the same seed share its warm start."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "printed").write_text(succeeds(*SMALL, "--out", folder / "one"))
+    (folder / "printed").write_text(succeeds(*SMALL, "--out", folder / "one", exam=True))
     return folder
 
 
