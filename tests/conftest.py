@@ -4,6 +4,7 @@ from itertools import product
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"            # kernels run on the CPU, slowly, wherever a test calls them by name
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # for models this small one thread is fastest, and tests may run side by side
 
 import numpy as np

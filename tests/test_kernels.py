@@ -1,10 +1,16 @@
 """The log-probability of given tokens, against fp64 and the whole matrix of logits."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import kernels.logprob
 from conftest import measured
-from kernels.logprob import log_policy, token_logprob
+from kernels.logprob import FusedLogprob, log_policy, reference, token_logprob
 
 
 def dense(hidden, weight, ids, temperature):
@@ -64,3 +70,85 @@ def test_the_matrix_of_logits_never_exists_as_a_whole(monkeypatch):
     hidden, weight, ids = inputs(50)
     token_logprob(hidden, weight, ids)[0].sum().backward()
     assert max(seen) == 8 and sum(seen) == 100, "each chunk once forward and once more backward"
+
+
+# ---------------------------------------------------------------- the Triton kernels, in the interpreter
+
+def as_accurate(what, kernel, eager, exact, slack=2.0, rounding=0.0):
+    """Kernel and eager in low precision, exact in fp64: the kernel may err at most `slack` times what eager errs, and one rounding."""
+    measured(what, (kernel.double() - exact).abs().max(), slack * (eager.double() - exact).abs().max().item() + rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("N, D, V", [(1, 16, 1), (5, 32, 1153), (33, 48, 257), (70, 64, 512), (3, 40, 50257)])
+def test_the_kernel_errs_no_more_than_eager_does(N, D, V, dtype):
+    hidden, weight, ids = inputs(N, D, V, dtype)
+    ours, eager, exact = FusedLogprob.apply(hidden, weight, ids, 0.7), reference(hidden, weight, ids, 0.7), dense(hidden, weight, ids, 0.7)
+    for name, a, b, c in zip(("log-probability", "entropy"), ours, eager, exact):
+        as_accurate(name, a, b, c, rounding=5e-7 * max(1.0, c.abs().max().item()))
+
+
+@pytest.mark.parametrize("V", [128256, 151936])
+def test_the_vocabularies_of_real_models_are_summed_without_phantom_words(V):
+    """Neither is a multiple of 1024; a word too many in the sum would show as log(1 + 1/V) at equal logits."""
+    hidden, weight, ids = torch.zeros(2, 16), torch.zeros(V, 16), torch.tensor([0, V - 1])
+    measured("log-probability at equal logits + log V", (FusedLogprob.apply(hidden, weight, ids, 1.0)[0].double() + torch.tensor(float(V)).double().log()).abs().max(), 2e-6)
+
+
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 2.0), (torch.bfloat16, 2.0)], ids=["fp32", "bf16"])
+def test_gradients_of_the_kernel_err_no_more_than_eagers(dtype, slack, monkeypatch):
+    monkeypatch.setattr(kernels.logprob, "COLUMNS", 500)   # several slices of the vocabulary, the last one ragged
+    hidden, weight, ids = inputs(37, 32, 1153, dtype)
+    upstream = torch.linspace(-1, 1, 37)
+    grads = [torch.autograd.grad((f(hidden, weight, ids, 0.7)[0] * upstream).sum(), (hidden, weight)) for f in (FusedLogprob.apply, reference, dense)]
+    for name, ours, eager, exact in zip(("hidden", "weight"), *grads):
+        largest = exact.abs().max().item()   # the interpreter cuts bf16 off where a GPU rounds: one unit in the last place for each factor
+        as_accurate(f"gradient of {name}", ours, eager, exact.double(), slack, rounding=2 ** -7 * largest if dtype == torch.bfloat16 else 2e-6 * largest)
+
+
+@pytest.mark.parametrize("scale", [25.0, 1e4])
+def test_extreme_logits_leave_the_kernel_finite_and_right(scale):
+    hidden, weight = torch.eye(4, 16) * scale, torch.eye(40, 16)
+    weight[20:] = -weight[:20]
+    ids = torch.tensor([0, 1, 22, 39])
+    ours, exact = FusedLogprob.apply(hidden, weight, ids, 1.0), dense(hidden, weight, ids, 1.0)
+    for name, a, b in zip(("log-probability", "entropy"), ours, exact):
+        assert torch.isfinite(a).all()
+        measured(f"{name}, relative", ((a - b).abs() / b.abs().clamp(min=1.0)).max(), 1e-6)
+    assert (ours[0] <= 0).all()
+
+
+def test_no_tokens_and_inputs_that_are_not_contiguous_pass_through_the_kernel():
+    hidden, weight, ids = inputs(0)
+    FusedLogprob.apply(hidden, weight, ids, 1.0)[0].sum().backward()
+    wide, tall = torch.randn(64, 12).T, torch.randn(32, 200).T[:, :64][:150]
+    ids = torch.arange(12)
+    strided = torch.randn(64, 150)
+    ours, exact = FusedLogprob.apply(wide, strided.T, ids, 1.0)[0], dense(wide, strided.T, ids, 1.0)[0]
+    measured("strided inputs", (ours - exact).abs().max(), 2e-5)
+
+
+def test_two_runs_of_the_kernel_give_the_same_bits():
+    hidden, weight, ids = inputs(40, 32, 1153)
+    once, twice = (torch.autograd.grad(FusedLogprob.apply(hidden, weight, ids, 0.7)[0].sum(), (hidden, weight)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice))
+
+
+# ---------------------------------------------------------------- cross-compiled for Hopper, without a GPU
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler makes of every kernel for sm_90. Apart from the tests, which run under the interpreter."""
+    done = subprocess.run([sys.executable, Path(__file__).parent / "cross_compile.py"], capture_output=True, text=True,
+                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "gradient_kernel"])
+def test_every_kernel_compiles_for_hopper_without_spills_and_within_its_shared_memory(kernel, dtype, compiled):
+    made = compiled[f"{kernel} {dtype}"]
+    print(f"\n    {made}", end="")
+    assert made["spilled_bytes"] == 0 and made["shared"] <= 232_448
+    assert made["tensor_cores"] == (dtype == "bf16"), "bf16 products run on tensor cores, fp32 ones keep their precision"
