@@ -103,7 +103,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Inquiry:
-    """One prompt to a judge model: how it is rendered, with a MARK for each of the exchange's `texts`, and the lines of the reply."""
+    """One prompt to a judge model: how it is rendered, a MARK for each of the exchange's `texts`, and the lines of the reply."""
     template: Callable[[PreTrainedTokenizerBase], str]
     texts: tuple[str, ...]
     lines: tuple[Line, ...]
@@ -381,7 +381,8 @@ def validate(judge: Judge, path: str) -> str:
     truth_N = np.array([truth[i] for i in kept], dtype=bool)
     score_N = np.array([float(getattr(verdicts[i], question)) for i in kept])
     if question == "response_harmful":
-        score_N = np.array([v.harm_probability if v.harm_probability is not None else s for v, s in zip([verdicts[i] for i in kept], score_N)])
+        chances = [verdicts[i].harm_probability for i in kept]
+        score_N = np.array([s if p is None else p for p, s in zip(chances, score_N)])
     rows = [f"| {question}, n = {len(exchanges)} | value | 95 % interval |", "| --- | --- | --- |"]
     draws = np.random.default_rng(0).integers(len(kept), size=(1000, len(kept))) if kept else []
     for name, measure in (("accuracy", accuracy), ("F1", f1), ("AUC", auc)) if kept else ():

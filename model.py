@@ -340,7 +340,7 @@ def find(name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: those of its index, or the only one; some folders hold a second copy in another format."""
+    """The files that hold a checkpoint's weights: its index knows; some folders hold a second copy in another format."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})

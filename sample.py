@@ -135,7 +135,8 @@ def prefill(model: Transformer, prompts: list[list[int]], steps: int) -> tuple[C
     return cache, ids_BT
 
 
-def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, stops: list[int], temperature: float, done: Done) -> list[Sample]:
+def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, stops: list[int], temperature: float,
+           done: Done) -> list[Sample]:
     """One batch, start to end. Rows that have stopped leave the batch once they are half of it."""
     steps = uniform_BT.shape[1]
     cache, ids_BT = prefill(model, prompts, steps)

@@ -39,7 +39,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
-from kernels.logprob import CHUNK
+from kernels.logprob import COLUMNS
 from model import Shape, Transformer, find, load, open_tokenizer, save, score, shape_of, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
@@ -76,7 +76,7 @@ class Config:
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=64)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
-    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one forward and backward pass of one rank", toy=16384, cpu=2048)
+    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", toy=16384, cpu=2048)
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
@@ -84,7 +84,7 @@ class Config:
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = opt(False, "ours", "continue the run in --out from its newest complete checkpoint")
     precision: str = opt("bf16", "paper", "of all arithmetic over fp32 master weights", toy="fp32", cpu="fp32", choices=("bf16", "fp32"))
-    recompute: bool = opt(True, "ours", "make activations again in the backward pass: less memory, a third more arithmetic", toy=False, cpu=False)
+    recompute: bool = opt(True, "ours", "make activations again in the backward pass: less memory, more arithmetic", toy=False, cpu=False)
     plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
 
 
@@ -310,11 +310,12 @@ def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig |
     J = n_parameters(judge) if judge else 0
     always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
               "judge, bf16, split": 2 * J / world if world > 1 else 0}
-    play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0, "judge gathered, bf16": 2 * J,
-            "cache of keys and values": max(cache_bytes(shape), cache_bytes(shape_of(judge, cfg.judge)) if judge else 0)}
+    play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
+            "judge gathered, bf16": 2 * J, "cache of keys and values": max(cache_bytes(shape), cache_bytes(shape_of(judge, cfg.judge)) if judge else 0)}
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
     update = {"gradients, fp32": 4 * P / world, "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
-              "logits of a chunk, fp32": 3 * 4 * CHUNK * shape.vocab, "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
+              "logit gradients of a slice, bf16, and products, fp32": COLUMNS * (2 * cfg.micro_tokens + 4 * shape.width) + 4 * cfg.micro_tokens * shape.width,
+              "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
     return {"always": always, "play": play, "update": update}
 
 
@@ -332,7 +333,8 @@ def show_plan(cfg: Config) -> str:
     peak = sum(parts["always"].values()) + max(sum(parts["play"].values()), sum(parts["update"].values()))
     least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < size), None)
     verdict = f"fits GPUs of {least} GB" if least else "fits no GPU: take more of them, a smaller --micro-tokens, or a smaller model"
-    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows, f"| peak | | {peak / 2 ** 30:.1f} |", "", verdict])
+    head, foot = [f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |"], [f"| peak | | {peak / 2 ** 30:.1f} |", "", verdict]
+    return "\n".join([*head, *rows, *foot])
 
 
 # ---------------------------------------------------------------- the update
@@ -514,7 +516,8 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
     final, partial = out / f"step_{step:06d}", out / f"partial_{step:06d}"
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     on_main(ranks, lambda: (shutil.rmtree(partial, ignore_errors=True), save(partial, weights, policy, setting.tokenizer)))
-    dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=partial / "optimizer", no_dist=not dist.is_initialized())
+    alone = not dist.is_initialized()
+    dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=partial / "optimizer", no_dist=alone)
 
     def publish() -> None:
         shutil.rmtree(final, ignore_errors=True)
@@ -603,8 +606,8 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], setting: Setting, model:
     context, longest = model.config.max_position_embeddings, max((seed for pool in pools for seed in pool), key=lambda seed: len(seed.text))
     asked = max(len(setting.attacker_prompt(longest)), len(setting.defender_prompt("")) + cfg.max_new_tokens * (cfg.play != "defender"))
     if asked + cfg.max_new_tokens > context:
-        stop(f"--max-new-tokens {cfg.max_new_tokens}: a prompt of up to {asked} tokens and its reply do not fit into the {context} tokens of "
-             f"{cfg.model}; choose at most {(context - asked) // 2}, or leave out the seed that begins {longest.text[:40]!r}.")
+        stop(f"--max-new-tokens {cfg.max_new_tokens}: a prompt of up to {asked} tokens and its reply do not fit into the {context} tokens "
+             f"of {cfg.model}; choose at most {(context - asked) // 2}, or leave out the seed that begins {longest.text[:40]!r}.")
 
 
 def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> None:

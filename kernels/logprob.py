@@ -5,8 +5,8 @@ Log-probability and entropy of given tokens, from hidden states and the output m
     logprob_N  = z[n, ids[n]] - logsumexp(z[n])
     entropy_N  = logsumexp(z[n]) - sum_v softmax(z[n])_v z[n, v]
 
-The [N, V] matrix z never exists as a whole; at 16,384 tokens and 128,256 words it would take 7.8 GiB in fp32, twice. On a CPU it is made for
-`CHUNK` tokens at a time, reduced, and made again when the gradient asks for it. On a GPU one kernel makes it tile by tile in registers and
+The [N, V] matrix z never exists as a whole; at 16,384 tokens and 128,256 words it would take 7.8 GiB in fp32, twice. On a CPU it is made
+for `CHUNK` tokens at a time, reduced, and made again when the gradient asks for it. On a GPU one kernel makes it tile by tile in registers and
 reduces it there (the online log-sum-exp of Milakov and Gimelshein, arXiv 1805.02867); the backward pass makes it again for `COLUMNS` words
 at a time. Sums run in a fixed order, without atomics: two runs give the same bits.
 
@@ -69,8 +69,8 @@ def _logits(hidden_ptr, weight_ptr, n_N, v_V, N, V, D, scale, BLOCK_N: tl.conste
 def forward_kernel(hidden_ptr, weight_ptr, ids_ptr, max_ptr, sum_ptr, moment_ptr, target_ptr, N, V, D, scale, columns,
                    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
     """
-    Program (i, s): rows of block i over the words of split s, `columns` of them. Leaves for each row and split the largest logit m, the sums
-    of exp(z - m) and of (z - m) exp(z - m), and the target's logit if it is among these words.
+    Program (i, s): rows of block i over the words of split s, `columns` of them. Leaves for each row and split the largest logit m, the
+    sums of exp(z - m) and of (z - m) exp(z - m), and the target's logit if it is among these words.
     """
     split = tl.program_id(1)
     n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,6 +128,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class FusedLogprob(torch.autograd.Function):
+    """token_logprob by the kernels; what is kept for the backward pass is one number per token."""
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -139,8 +140,9 @@ class FusedLogprob(torch.autograd.Function):
         splits = triton.cdiv(V, columns)
         max_SN, sum_SN, moment_SN, target_SN = torch.empty(4, splits, N, device=hidden_ND.device)
         if N:
-            forward_kernel[triton.cdiv(N, tile["BLOCK_N"]), splits](hidden_ND, weight_VD, ids_N, max_SN, sum_SN, moment_SN, target_SN, N, V, D,
-                                                                    1.0 / temperature, columns, UPCAST=INTERPRET, **tile)
+            forward_kernel[triton.cdiv(N, tile["BLOCK_N"]), splits](
+                hidden_ND, weight_VD, ids_N, max_SN, sum_SN, moment_SN, target_SN, N, V, D, 1.0 / temperature, columns,
+                UPCAST=INTERPRET, **tile)
         max_N = max_SN.amax(0)
         below_SN, sum_N = max_SN - max_N, (sum_SN * (max_SN - max_N).exp()).sum(0)
         lse_N = max_N + sum_N.log()
