@@ -144,13 +144,17 @@ def bench(subject: Subject) -> dict:
     return rates([v for _, v in harmful], [v for _, v in benign]) | by_size | plain
 
 
-def bench_prompts(subject: Subject, judge: Judge, rows: list[tuple[str, bool]], longest: int) -> dict:
-    """The same rates for labelled prompts, answered greedily in at most `longest` tokens. A reply that says nothing is a refusal."""
+def bench_prompts(subject: Subject, judge: Judge, rows: list[tuple[str, bool]], longest: int) -> tuple[dict, list[Exchange]]:
+    """
+    The same rates for labelled prompts, answered greedily in at most `longest` tokens, and the exchanges. A reply that says nothing is a
+    refusal.
+    """
     replies = subject.reply([subject.setting.defender_prompt(text) for text, _ in rows], longest, 0.0, 0, f"bench {subject.name}")
-    said = [n for n, reply in enumerate(replies) if reply.answer]
-    judged = dict(zip(said, judge([Exchange(rows[n][0], replies[n].answer, rows[n][1]) for n in said])))
-    verdicts = [judged.get(n, Verdict(harmful, True, False)) for n, (_, harmful) in enumerate(rows)]
-    return rates(*([v for v, (_, harmful) in zip(verdicts, rows) if harmful == kind] for kind in (True, False)))
+    exchanges = [Exchange(text, reply.answer, harmful) for (text, harmful), reply in zip(rows, replies)]
+    said = [n for n, e in enumerate(exchanges) if e.response]
+    judged = dict(zip(said, judge([exchanges[n] for n in said])))
+    verdicts = [judged.get(n, Verdict(e.seed_harmful, True, False)) for n, e in enumerate(exchanges)]
+    return rates(*([v for v, e in zip(verdicts, exchanges) if e.seed_harmful == kind] for kind in (True, False))), exchanges
 
 
 def interval(r: dict) -> str:
@@ -177,7 +181,12 @@ def main_bench(args: Namespace) -> None:
         print("\n".join(file.summary for file in files), end="\n\n", flush=True)
         judge, rows = open_judge(args.judge), [row for file in files for row in file.rows]
         name, shown, n = args.judge, ROWS, len(rows)
-        results = {model: bench_prompts(open_subject(model, ENGLISH), judge, rows, args.max_new_tokens) for model in args.models}
+        answered = {model: bench_prompts(open_subject(model, ENGLISH), judge, rows, args.max_new_tokens) for model in args.models}
+        results = {model: result for model, (result, _) in answered.items()}
+        if args.replies:
+            lines = [{"model": model, "prompt": e.prompt, "response": e.response, "harmful": e.seed_harmful}
+                     for model, (_, exchanges) in answered.items() for e in exchanges]
+            Path(args.replies).write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = [[text, *(interval(r[key]) for r in results.values())] for key, text in shown.items()]
     print(markdown([f"{'held-out pairs' if name == 'toy' else 'prompts'}, n = {n}", *results], table))
     if args.json:
@@ -295,6 +304,7 @@ def main() -> None:
             command.add_argument("--json", help="write the numbers to this file")
             command.add_argument("--judge", default="toy", help="as in train.py, for real models [%(default)s]")
             command.add_argument("--prompts", nargs="+", default=[], help="files of labelled prompts, for real models")
+            command.add_argument("--replies", help="write every prompt and response to this file, a JSON line each")
             command.add_argument("--max-new-tokens", type=int, default=128, help="of an answer to them [%(default)s]")
         if name in ("diversity", "report"):
             command.add_argument("--n", type=int, default=192, help="attacks [%(default)s]")
