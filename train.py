@@ -39,7 +39,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
-from kernels.logprob import COLUMNS
+from kernels.logprob import PIECE
 from model import Shape, Transformer, find, load, open_tokenizer, save, score, shape_of, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
@@ -314,7 +314,7 @@ def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig |
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(cache_bytes(shape), cache_bytes(shape_of(judge, cfg.judge)) if judge else 0)}
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
     update = {"gradients, fp32": 4 * P / world, "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
-              "logit gradients of a slice, bf16, and products, fp32": COLUMNS * (2 * cfg.micro_tokens + 4 * shape.width) + 4 * cfg.micro_tokens * shape.width,
+              "logit gradients of a slice, bf16, and products, fp32": 2 * PIECE["cuda"] + 8 * cfg.micro_tokens * shape.width,
               "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
     return {"always": always, "play": play, "update": update}
 
