@@ -185,7 +185,7 @@ def main_bench(args: Namespace) -> None:
         results = {model: result for model, (result, _) in answered.items()}
         if args.replies:
             lines = [{"model": model, "prompt": e.prompt, "response": e.response, "harmful": e.seed_harmful}
-                     for model, (_, exchanges) in answered.items() for e in exchanges]
+                     for model, (_, exchanges) in answered.items() for e in exchanges if e.response]
             Path(args.replies).write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = [[text, *(interval(r[key]) for r in results.values())] for key, text in shown.items()]
     print(markdown([f"{'held-out pairs' if name == 'toy' else 'prompts'}, n = {n}", *results], table))
@@ -304,7 +304,7 @@ def main() -> None:
             command.add_argument("--json", help="write the numbers to this file")
             command.add_argument("--judge", default="toy", help="as in train.py, for real models [%(default)s]")
             command.add_argument("--prompts", nargs="+", default=[], help="files of labelled prompts, for real models")
-            command.add_argument("--replies", help="write every prompt and response to this file, a JSON line each")
+            command.add_argument("--replies", help="write prompts and responses to this file, a JSON line each; what train.py --sft reads")
             command.add_argument("--max-new-tokens", type=int, default=128, help="of an answer to them [%(default)s]")
         if name in ("diversity", "report"):
             command.add_argument("--n", type=int, default=192, help="attacks [%(default)s]")

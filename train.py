@@ -237,14 +237,15 @@ def seated(judge: Judge, ranks: Ranks) -> Judge:
     if not isinstance(judge, JudgeModel):
         return judge
     if ranks.world > 1:
-        judge.model = shard(judge.model, ranks)
+        shard(judge.model, ranks)
 
     def judged(exchanges: list[Exchange]) -> list[Verdict]:
-        with gathered(judge.model):
-            judge.model.to(ranks.device)
-            verdicts = judge(exchanges)
-        if ranks.world == 1:
-            judge.model.to("cpu")
+        if ranks.world > 1:
+            with gathered(judge.model):
+                return judge(exchanges)
+        judge.model.to(ranks.device)
+        verdicts = judge(exchanges)
+        judge.model.to("cpu")
         return verdicts
     return judged
 

@@ -49,7 +49,8 @@ esac
         (scripts / name).write_text(text)
         (scripts / name).chmod(0o755)
     for kind in ("harmful", "benign"):
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")))
+        for name in (kind, f"held_{kind}"):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")))
     vote = {"test_case": "how", "generation": "Sure!", "human_0": 1, "human_1": 1, "human_2": 0}
     (folder / "harmbench_val.json").write_text(json.dumps({"one": [vote, vote | {"generation": "I cannot.", "human_0": 0}]}))
     tokenizer = byte_tokenizer()
