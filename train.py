@@ -719,7 +719,7 @@ def main() -> None:
             save_checkpoint(out, step + 1, policy, optimizer, setting, ranks)
 
     on_main(ranks, lambda: show_results(cfg, out))
-    if ranks.world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
