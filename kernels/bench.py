@@ -4,8 +4,9 @@ How fast the hand-written parts are, beside what a user would install instead.
     python -m kernels.bench               # one table: ours, the peer, their ratio, and the errors of both
     python -m kernels.bench --json bench.json
 
-Ours and the peer run in turns in one process, on the same tensors; times are medians, with the spread between the quartiles. Sizes follow the
-device: tiny models on a CPU, heads of 8B models on a GPU. A peer that is not installed is left out, and the table says so.
+Ours and the peer run in turns in one process, on the same tensors; times are medians, with the spread between the quartiles. Sizes follow
+the device: tiny models on a CPU, heads of 8B models on a GPU. A peer that is not installed is left out, and the table says so. This command
+looks at the files above it in the list; nothing rests on it.
 """
 import json
 import statistics
@@ -22,15 +23,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels.logprob import reference, token_logprob
+from kernels.logprob import token_logprob
 from model import Transformer, new_model, score, their_name
 from sample import sample, uniforms
 from selfplay import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = [(16384, 4096, 128256), (16384, 3584, 152064)] if DEVICE.type == "cuda" else [(2048, 256, 4096)]   # tokens, width, words
-MODELS = {"toy-sized": dict(vocab_size=160, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2),
-          "4M": dict(vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)}
+LAYERS = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+MODELS = {"toy-sized": dict(vocab_size=160, hidden_size=128, intermediate_size=512, **LAYERS),
+          "4M": dict(vocab_size=4096, hidden_size=256, intermediate_size=704, **LAYERS)}
 REPEATS = 7
 
 
@@ -80,6 +82,7 @@ def trl_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: f
 
 
 def forward_backward(head: Callable, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> Callable[[], Tensor]:
+    """Both passes of a head, as something to time; it returns the log-probabilities."""
     def act() -> Tensor:
         hidden_ND.grad = weight_VD.grad = None
         logprob_N = head(hidden_ND, weight_VD, ids_N, 0.7)[0]
@@ -96,8 +99,8 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
         hidden_ND = (torch.randn(N, D, generator=generator) * 25 / (3 * D ** 0.5)).to(DEVICE, dtype).requires_grad_()
         weight_VD = torch.randn(V, D, generator=generator).to(DEVICE, dtype).requires_grad_()
         ids_N = torch.randint(V, (N,), generator=generator).to(DEVICE)
-        exact_N = reference(hidden_ND[:256].detach().double(), weight_VD.detach().double(), ids_N[:256], 0.7)[0] if DEVICE.type == "cuda" else \
-            torch.log_softmax(hidden_ND[:256].detach().double() @ weight_VD.detach().double().T / 0.7, -1).gather(1, ids_N[:256, None]).squeeze(1)
+        exact_NV = torch.log_softmax(hidden_ND[:256].detach().double() @ weight_VD.detach().double().T / 0.7, -1)
+        exact_N = exact_NV.gather(1, ids_N[:256, None]).squeeze(1)
         peers = {"full logits": full_logits, "TRL chunked": trl_head if find_spec("trl") else None}
         error = lambda act: (act()[:256].double() - exact_N).abs().max().item()
         ours = forward_backward(token_logprob, hidden_ND, weight_VD, ids_N)
@@ -111,6 +114,7 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
 # ---------------------------------------------------------------- the sampler
 
 def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
+    """The same weights in transformers."""
     model = AutoModelForCausalLM.from_config(ours.config).eval()
     model.load_state_dict({their_name(key): tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
     return model.to(DEVICE, dtype)
@@ -128,8 +132,8 @@ def bench_sampler(dtype: torch.dtype, rows: int = 64, prompt: int = 32, new: int
         ids_BT = torch.tensor([[0] * (prompt - len(p)) + p for p in prompts], device=DEVICE)
         mask_BT = torch.tensor([[0] * (prompt - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
         act = lambda: sample(ours, prompts, uniform_NT, [])
-        peer = lambda: theirs.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0,
-                                       output_scores=True, return_dict_in_generate=True)
+        peer = lambda: theirs.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=None,
+                                       pad_token_id=0, output_scores=True, return_dict_in_generate=True)
         replies = act()
         packed_BT, chosen_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]], DEVICE)
         with torch.no_grad():
@@ -140,6 +144,7 @@ def bench_sampler(dtype: torch.dtype, rows: int = 64, prompt: int = 32, new: int
 
 
 def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
     head = ["| what | ours, ms | peer | peer, ms | ratio | |", "| --- | --- | --- | --- | --- | --- |"]
     shown = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
     return "\n".join(head + [f"| {r.what} | {r.ours_ms:.0f} ± {r.spread_ms:.0f} | {r.peer} | {shown(r.peer_ms, 0)} | {shown(r.ratio, 2)} | {r.note} |"
