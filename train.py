@@ -311,10 +311,12 @@ def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig |
     J = n_parameters(judge) if judge else 0
     always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
               "judge, bf16, split": 2 * J / world if world > 1 else 0}
+    caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
     play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
-            "judge gathered, bf16": 2 * J, "cache of keys and values": max(cache_bytes(shape), cache_bytes(shape_of(judge, cfg.judge)) if judge else 0)}
+            "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
-    update = {"gradients, fp32": 4 * P / world, "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
+    update = {"gradients, fp32": 4 * P / world,
+              "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
               "logit gradients of a slice, bf16, and products, fp32": 2 * PIECE["cuda"] + 8 * cfg.micro_tokens * shape.width,
               "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
     return {"always": always, "play": play, "update": update}

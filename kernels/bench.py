@@ -124,7 +124,8 @@ def bench_sampler(dtype: torch.dtype, rows: int = 64, prompt: int = 32, new: int
     """Ragged prompts, log-probabilities recorded, against `generate` with its scores kept; and sampler against trainer."""
     lines = []
     for name, size in MODELS.items():
-        ours = new_model(LlamaConfig(**size, initializer_range=0.1, tie_word_embeddings=True), seed=0).to(DEVICE, dtype).requires_grad_(False)
+        ours = new_model(LlamaConfig(**size, initializer_range=0.1, tie_word_embeddings=True), seed=0)
+        ours = ours.to(DEVICE, dtype).requires_grad_(False)
         theirs = theirs_of(ours, dtype)
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(1, size["vocab_size"], (prompt - n % 8,), generator=generator).tolist() for n in range(rows)]
@@ -147,8 +148,8 @@ def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     head = ["| what | ours, ms | peer | peer, ms | ratio | |", "| --- | --- | --- | --- | --- | --- |"]
     shown = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    return "\n".join(head + [f"| {r.what} | {r.ours_ms:.0f} ± {r.spread_ms:.0f} | {r.peer} | {shown(r.peer_ms, 0)} | {shown(r.ratio, 2)} | {r.note} |"
-                             for r in rows])
+    cells = [(r.what, f"{r.ours_ms:.0f} ± {r.spread_ms:.0f}", r.peer, shown(r.peer_ms, 0), shown(r.ratio, 2), r.note) for r in rows]
+    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in cells])
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ Log-probability and entropy of given tokens, from hidden states and the output m
     logprob_N  = z[n, ids[n]] - logsumexp(z[n])
     entropy_N  = logsumexp(z[n]) - sum_v softmax(z[n])_v z[n, v]
 
-The [N, V] matrix z never exists as a whole; at 16,384 tokens and 128,256 words it would take 7.8 GiB in fp32, twice. The forward pass reduces it
-piece by piece and keeps one number per token, the log-sum-exp; the backward pass makes it again, a slice of the vocabulary at a time. On a
-GPU one kernel makes each piece in registers and reduces it there (the online log-sum-exp of Milakov and Gimelshein, arXiv 1805.02867). Sums
+The [N, V] matrix z never exists as a whole; at 16,384 tokens and 128,256 words it would take 7.8 GiB in fp32, twice. The forward pass
+reduces it piece by piece and keeps one number per token, the log-sum-exp; the backward pass makes it again, a slice of the vocabulary at a
+time. On a GPU one kernel makes each piece in registers and reduces it there (the online log-sum-exp of Milakov and Gimelshein, arXiv 1805.02867). Sums
 run in a fixed order, without atomics: two runs give the same bits.
 
 Logits stay in fp32 from the product to the result. A log-sum-exp over 128k words is about 12, where bf16 moves in steps of 1/16, and a
@@ -57,8 +57,8 @@ def statistics(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature:
 def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: Tensor, upstream_N: Tensor, temperature: float,
                    first: int) -> Tensor:
     """
-    gradient_NC[n, c] = upstream[n] * (1[first + c = ids[n]] - p[n, first + c]) / temperature for a slice of the vocabulary, in the precision
-    of the hidden states.
+    gradient_NC[n, c] = upstream[n] * (1[first + c = ids[n]] - p[n, first + c]) / temperature for a slice of the vocabulary, in the
+    precision of the hidden states.
     """
     scale_N1, C = (upstream_N / temperature)[:, None], len(weight_CD)
     gradient_NC = (hidden_ND.float() @ weight_CD.float().T / temperature).sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
