@@ -130,7 +130,7 @@ def test_extreme_logits_leave_the_kernel_finite_and_right(scale):
 def test_no_tokens_and_inputs_that_are_not_contiguous_pass_through_the_kernel():
     hidden, weight, ids = inputs(0)
     on_gpu_path(hidden, weight, ids, 1.0)[0].sum().backward()
-    wide, tall = torch.randn(64, 12).T, torch.randn(32, 200).T[:, :64][:150]
+    wide = torch.randn(64, 12).T
     ids = torch.arange(12)
     strided = torch.randn(64, 150)
     ours, exact = on_gpu_path(wide, strided.T, ids, 1.0)[0], dense(wide, strided.T, ids, 1.0)[0]
