@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kernels import logprob
+from kernels import logprob_triton
 
 OUTPUTS = {"max_ptr": "*fp32", "sum_ptr": "*fp32", "moment_ptr": "*fp32", "target_ptr": "*fp32", "lse_ptr": "*fp32", "upstream_ptr": "*fp32",
            "ids_ptr": "*i64", "scale": "fp32"}
@@ -21,7 +21,7 @@ OUTPUTS = {"max_ptr": "*fp32", "sum_ptr": "*fp32", "moment_ptr": "*fp32", "targe
 
 def compile_for_hopper(kernel, dtype):
     """Pointers and widths divisible by 16, as in every real model; the vocabulary is ragged."""
-    tile = logprob.tiles(dtype)
+    tile = logprob_triton.tiles(dtype)
     options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {**tile, "UPCAST": False}
@@ -39,6 +39,6 @@ def compile_for_hopper(kernel, dtype):
 
 
 if __name__ == "__main__":
-    kernels = {name: value for name, value in vars(logprob).items() if name.endswith("_kernel")}
+    kernels = {name: value for name, value in vars(logprob_triton).items() if name.endswith("_kernel")}
     print(json.dumps({f"{name} {word}": compile_for_hopper(kernel, dtype) for name, kernel in kernels.items()
                       for word, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}))

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels.logprob
 from conftest import measured
-from kernels.logprob import ENGINES, PIECE, TokenLogprob, log_policy, reference, token_logprob
+from kernels.logprob import PIECE, TokenLogprob, engine, log_policy, reference, token_logprob
 
 
 def dense(hidden, weight, ids, temperature):
@@ -78,7 +78,7 @@ def test_the_matrix_of_logits_never_exists_as_a_whole(monkeypatch):
 
 def on_gpu_path(hidden, weight, ids, temperature):
     """token_logprob by the kernels, which run in the interpreter here."""
-    return TokenLogprob.apply(hidden, weight, ids, temperature, ENGINES["cuda"])
+    return TokenLogprob.apply(hidden, weight, ids, temperature, engine("cuda"))
 
 
 # ---------------------------------------------------------------- the Triton kernels, in the interpreter
