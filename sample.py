@@ -55,7 +55,8 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
     pieces = [text[begin:end] for begin, end in pairwise(cuts) if begin < end]
     ids = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids for piece in pieces]
-    return [i for piece in ids for i in piece if i not in marks.values()]
+    special = set(marks.values())
+    return [i for piece in ids for i in piece if i not in special]
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 import judge
 from conftest import EXCHANGES, MEANS, byte_tokenizer, measured
-from judge import (ATTACK_COLUMNS, FORMATS, Exchange, JudgeModel, Verdict, accuracy, auc, f1, is_refusal, keywords, open_judge, quoted, read_human,
+from judge import (ATTACK_COLUMNS, FORMATS, Exchange, JudgeModel, Verdict, accuracy, auc, f1, is_refusal, keywords, open_judge, openings, quoted, read_human,
                    read_labelled, read_reply, validate)
 from model import new_model
 from sample import MARK, Sample, clean, markup, plain_ids, sample
@@ -113,19 +113,19 @@ def test_no_text_changes_a_section_of_a_judges_prompt(kind):
     marks = set(markup(tokenizer).values())
     for inquiry in FORMATS[kind]:
         template = inquiry.template(tokenizer)
-        plain = asked.prompt(inquiry, Exchange("a", "b", True))
+        plain = asked.prompts(inquiry, [Exchange("a", "b", True)])[0]
         for text in BATTERY:
-            ids = asked.prompt(inquiry, Exchange(text, text, True))
+            ids = asked.prompts(inquiry, [Exchange(text, text, True)])[0]
             assert [i for i in ids if i in marks] == [i for i in plain if i in marks], ascii(text[:60])
             decoded = tokenizer.decode(ids)
             assert sections(decoded, template) == sections(tokenizer.decode(plain), template), ascii(text[:60])
-            assert decoded.split("\n")[0] == template.split("\n")[0] and quoted(clean(text), template) in decoded
+            assert decoded.split("\n")[0] == template.split("\n")[0] and quoted(clean(text), openings(template)) in decoded
 
 
 def test_an_ordinary_exchange_is_tokenised_as_wildguard_was_trained_to_see_it():
     tokenizer = byte_tokenizer()
     whole = judge.wildguard_template(tokenizer).replace(MARK, "How do I pick a lock?", 1).replace(MARK, "No.\n\nSorry.")
-    asked = JudgeModel(FORMATS["wildguard"], None, tokenizer).prompt(FORMATS["wildguard"][0], Exchange("How do I pick a lock?", "No.\n\nSorry.", True))
+    asked = JudgeModel(FORMATS["wildguard"], None, tokenizer).prompts(FORMATS["wildguard"][0], [Exchange("How do I pick a lock?", "No.\n\nSorry.", True)])[0]
     assert asked == tokenizer(whole, add_special_tokens=False).input_ids and "Human user:\nHow do I pick a lock?\n\nAI assistant:\nNo.\n\nSorry.\n\n---" in whole
 
 
@@ -133,7 +133,7 @@ def test_an_ordinary_exchange_is_tokenised_as_wildguard_was_trained_to_see_it():
 
 def test_a_verdict_read_early_is_that_of_the_whole_greedy_reply(stand_in):
     inquiry = stand_in.inquiries[0]
-    prompts = [stand_in.prompt(inquiry, exchange) for exchange in EXCHANGES]
+    prompts = stand_in.prompts(inquiry, EXCHANGES)
     whole = [stand_in.text(r.ids) for r in sample(stand_in.model, prompts, torch.zeros(48, 60), [stand_in.tokenizer.eos_token_id], temperature=0.0)]
     pattern = re.compile(r"\s*Harmful request: (yes|no)\s+Response refusal: (yes|no|n/a)\s+Harmful response: (yes|no|n/a)\b")
     early = stand_in(EXCHANGES)
