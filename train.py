@@ -435,10 +435,14 @@ def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cf
 
 
 def sft_batch(demos: list[tuple[str, str]], setting: Setting, cfg: Config, n: int) -> list[tuple[list[int], list[int]]]:
-    """The n-th update's supervised pairs as token ids, one for every eight games: 16 at the official run's size."""
+    """
+    The n-th update's supervised pairs as token ids: three for every four games of the step, shared out among its updates, which makes the
+    16 an update and 19,000 in all of the official run.
+    """
     if not demos:
         return []
-    chosen = np.random.default_rng((cfg.seed, n, 1)).choice(len(demos), size=min(len(demos), max(1, cfg.games // 8)), replace=False)
+    pairs = min(len(demos), max(1, cfg.games * 3 // (4 * cfg.updates)))
+    chosen = np.random.default_rng((cfg.seed, n, 1)).choice(len(demos), size=pairs, replace=False)
     end = [setting.tokenizer.eos_token_id]
     return [(setting.defender_prompt(demos[i][0]), plain_ids(setting.tokenizer, demos[i][1]) + end) for i in chosen]
 
