@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.linear import linear
 from kernels.logprob import token_logprob
 
 if TYPE_CHECKING:   # at run time the functions below import it late: it costs a second, and not every command opens a checkpoint
@@ -152,15 +153,14 @@ def visible(pad_B: Tensor, start: int, length: int, shared: int = 0) -> Tensor:
 # ---------------------------------------------------------------- layers
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; the root mean square in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension, in fp32 and rounded once (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_rates(shape: Shape, device: torch.device) -> Tensor:
@@ -179,15 +179,19 @@ def rope_rates(shape: Shape, device: torch.device) -> Tensor:
 
 
 def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, [B, 1, T, E]. Angles in fp32: bf16 cannot tell position 1000 from 1001."""
-    angle_BTE = (position_BT[..., None].float() * rope_rates(shape, position_BT.device)).repeat(1, 1, 2)
-    return angle_BTE.cos()[:, None].to(dtype), angle_BTE.sin()[:, None].to(dtype)
+    """
+    cos and sin of each position's angles, [B, 1, T, E]; the sines of the first half carry the minus of the rotation's formula.
+    Angles in fp32: bf16 cannot tell position 1000 from 1001.
+    """
+    angle_B1TF = (position_BT[..., None].float() * rope_rates(shape, position_BT.device))[:, None]
+    cos_B1TF, sin_B1TF = angle_B1TF.cos().to(dtype), angle_B1TF.sin().to(dtype)
+    return torch.cat((cos_B1TF, cos_B1TF), dim=-1), torch.cat((-sin_B1TF, sin_B1TF), dim=-1)
 
 
 def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
     """Rotate each pair (x[e], x[e + E/2]) by its position's angle: the layout of Hugging Face checkpoints."""
     low, high = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((-high, low), dim=-1) * sin_B1TE
+    return x_BHTE * cos_B1TE + torch.cat((high, low), dim=-1) * sin_B1TE
 
 
 def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
@@ -202,14 +206,21 @@ def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: 
     return (weight_BKGS.softmax(-1).to(value_BKSE.dtype) @ value_BKSE).view(B, H, 1, E)
 
 
+class Linear(nn.Linear):
+    """The parameters of nn.Linear, and the product of kernels/linear.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         q_width, kv_width = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        self.q_proj = nn.Linear(shape.width, q_width, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(q_width, shape.width, bias=shape.o_bias)
+        self.q_proj = Linear(shape.width, q_width, bias=shape.qkv_bias)
+        self.k_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.v_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.o_proj = Linear(q_width, shape.width, bias=shape.o_bias)
         self.q_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.head_width = shape.head_width
@@ -229,9 +240,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.width, shape.inner, bias=False)
-        self.up_proj = nn.Linear(shape.width, shape.inner, bias=False)
-        self.down_proj = nn.Linear(shape.inner, shape.width, bias=False)
+        self.gate_proj = Linear(shape.width, shape.inner, bias=False)
+        self.up_proj = Linear(shape.width, shape.inner, bias=False)
+        self.down_proj = Linear(shape.inner, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -287,7 +298,7 @@ class Transformer(nn.Module):
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last slot, never rounded below fp32."""
-    return hidden_BTD[:, -1].float() @ weight_VD.float().T
+    return linear(hidden_BTD[:, -1].float(), weight_VD.float())
 
 
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.linear import linear
+
 PIECE = {"cpu": 2 ** 20, "cuda": 2 ** 27}   # logits, or gradients of logits, that exist at the same time
 LEAST = 256                                 # rows or columns of such a piece at least: thin matrix products are slow
 
@@ -41,11 +43,14 @@ def statistics(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature:
     """lse_N, the target's logit target_N, and entropy_N, some tokens at a time."""
     parts, rows, weight_VD = [], max(LEAST, PIECE["cpu"] // len(weight_VD)), weight_VD.float()
     for begin in range(0, max(len(ids_N), 1), rows):
-        z_NV = hidden_ND[begin:begin + rows].float() @ weight_VD.T / temperature
-        lse_N1 = z_NV.logsumexp(-1, keepdim=True)
+        z_NV = linear(hidden_ND[begin:begin + rows].float(), weight_VD).div_(temperature)
         target_N = z_NV.gather(-1, ids_N[begin:begin + rows, None]).squeeze(-1)
-        logp_NV = z_NV.sub_(lse_N1)
-        parts.append((lse_N1.squeeze(-1), target_N, -(logp_NV.exp() * logp_NV).sum(-1)))
+        max_N1 = z_NV.amax(-1, keepdim=True)
+        below_NV = z_NV.sub_(max_N1)
+        p_NV = below_NV.exp()
+        sum_N = p_NV.sum(-1)
+        log_sum_N = sum_N.log()
+        parts.append((max_N1.squeeze(-1) + log_sum_N, target_N, log_sum_N - p_NV.mul_(below_NV).sum(-1) / sum_N))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -56,7 +61,7 @@ def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: T
     precision of the hidden states.
     """
     scale_N1, C = (upstream_N / temperature)[:, None], len(weight_CD)
-    gradient_NC = (hidden_ND.float() @ weight_CD.float().T / temperature).sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
+    gradient_NC = linear(hidden_ND.float() / temperature, weight_CD.float()).sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
     inside_N = (ids_N >= first) & (ids_N < first + C)
     place_N1 = (ids_N - first).clamp(0, C - 1)[:, None]
     return gradient_NC.scatter_add_(1, place_N1, scale_N1 * inside_N[:, None]).to(hidden_ND.dtype)
@@ -66,7 +71,7 @@ def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: T
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the precision of its factors, with the result in fp32 where the device can give it."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else linear(a, b.T).float()
 
 
 class TokenLogprob(torch.autograd.Function):
