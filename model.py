@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear import linear
+from kernels.linear import linear, unrounded
 from kernels.logprob import token_logprob
 
 if TYPE_CHECKING:   # at run time the functions below import it late: it costs a second, and not every command opens a checkpoint
@@ -111,7 +111,7 @@ class Cache:
     """
     Keys and values of every layer in one block of memory of fixed size. All rows write the same slot at the same time:
 
-        slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ...
+        slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ... | length
 
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use.
     """
@@ -119,7 +119,7 @@ class Cache:
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=dtype, device=pad_B.device)
-        self.pad_B, self.shared, self.length = pad_B, shared, 0
+        self.pad_B, self.shared, self.length, self.slots = pad_B, shared, 0, slots
 
     def begin_with(self, prefix: Cache) -> None:
         """Every row begins with the slots of a cache of one row."""
@@ -133,6 +133,19 @@ class Cache:
         self.key_LBKSE[layer, :, :, self.length:end] = key_BKTE
         self.value_LBKSE[layer, :, :, self.length:end] = value_BKTE
         return self.key_LBKSE[layer, :, :, :end], self.value_LBKSE[layer, :, :, :end]
+
+    def place(self, row_N: Tensor, from_N: Tensor, other: Cache) -> None:
+        """These rows take over the own tokens of rows from_N of another cache with the same prefix; they end at the present length."""
+        own = other.length - other.shared
+        self.key_LBKSE[:, row_N, :, self.length - own:self.length] = other.key_LBKSE[:, from_N, :, other.shared:other.length]
+        self.value_LBKSE[:, row_N, :, self.length - own:self.length] = other.value_LBKSE[:, from_N, :, other.shared:other.length]
+        self.pad_B[row_N] = other.pad_B[from_N] + self.length - other.length
+
+    def slide(self, by: int) -> None:
+        """Move all own tokens `by` slots to the front, into padding, so that new ones find room behind them."""
+        for block_BKSE in (*self.key_LBKSE, *self.value_LBKSE):
+            block_BKSE[:, :, self.shared:self.length - by] = block_BKSE[:, :, self.shared + by:self.length].clone()
+        self.pad_B, self.length = (self.pad_B - by).clamp(min=0), self.length - by
 
     def keep(self, row_B: Tensor) -> None:
         """Drop all rows but these: finished rows should cost nothing."""
@@ -298,7 +311,7 @@ class Transformer(nn.Module):
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last slot, never rounded below fp32."""
-    return linear(hidden_BTD[:, -1].float(), weight_VD.float())
+    return unrounded(hidden_BTD[:, -1], weight_VD)
 
 
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
