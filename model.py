@@ -152,15 +152,16 @@ class Cache:
         self.key_LBKSE, self.value_LBKSE, self.pad_B = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B], self.pad_B[row_B]
 
 
-def visible(pad_B: Tensor, start: int, length: int, shared: int = 0) -> Tensor:
+def visible(pad_B: Tensor, start: int, length: int, dtype: torch.dtype, shared: int = 0) -> Tensor:
     """
-    mask_B1TS: the query in slot start + t sees the shared slots and its row's own up to itself, padding left out; a padding query sees
+    mask_B1TS, to be added to the logits of attention, 0 or minus infinity: the query in slot start + t sees the shared slots and its row's own up to itself, padding left out; a padding query sees
     itself, so that no row of the mask is empty.
     """
     query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
     key_S = torch.arange(start + length, device=pad_B.device)
     is_token_BTS = (key_S < shared) | (key_S >= shared + pad_B[:, None, None])
-    return ((key_S <= query_T1) & (is_token_BTS | (key_S == query_T1)))[:, None]
+    sees_BTS = (key_S <= query_T1) & (is_token_BTS | (key_S == query_T1))
+    return torch.zeros(sees_BTS.shape, dtype=dtype, device=pad_B.device).masked_fill_(~sees_BTS, float("-inf"))[:, None]
 
 
 # ---------------------------------------------------------------- layers
@@ -210,13 +211,16 @@ def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
 def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
     """Softmax attention; G query heads share each key head. Without a mask it is causal over T = S."""
     B, H, T, E = query_BHTE.shape
-    K, S = key_BKSE.shape[1:3]
-    if T > 1:
+    K = key_BKSE.shape[1]
+    if T > 1 or mask_B1TS is None:
         return F.scaled_dot_product_attention(query_BHTE, key_BKSE, value_BKSE, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=H != K)
-    # one query per row: two small matrix products per key head read each key once, where the general routine reads it once per query head
-    weight_BKGS = query_BHTE.view(B, K, H // K, E) @ key_BKSE.mT * E ** -0.5
-    weight_BKGS = weight_BKGS.float().masked_fill(~mask_B1TS, float("-inf")) if mask_B1TS is not None else weight_BKGS.float()
-    return (weight_BKGS.softmax(-1).to(value_BKSE.dtype) @ value_BKSE).view(B, H, 1, E)
+    # one query per row: the query heads that share a key stand where positions stand, so that each key is read once and not G times
+    query_BKGE = query_BHTE.view(B, K, H // K, E)
+    if query_BHTE.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query_BKGE, key_BKSE, value_BKSE, mask_B1TS).view(B, H, 1, E)
+    # on a CPU that routine takes exponentials to 20 bits only, which shows in fp32; here it is no faster than this
+    weight_BKGS = (query_BKGE @ key_BKSE.mT * E ** -0.5 + mask_B1TS).softmax(-1)
+    return (weight_BKGS @ value_BKSE).view(B, H, 1, E)
 
 
 class Linear(nn.Linear):
@@ -298,8 +302,8 @@ class Transformer(nn.Module):
         start, shared, pad_B = (cache.length, cache.shared, cache.pad_B) if cache else (0, 0, pad_B)
         slot_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
         position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=shared)
-        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], shared)
         x_BTD = self.embed_tokens(ids_BT)
+        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], x_BTD.dtype, shared)
         cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
         for layer, block in enumerate(self.layers):
             given = (x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)

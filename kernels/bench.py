@@ -42,7 +42,8 @@ MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, inte
                    "Llama-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                                            num_attention_heads=32, num_key_value_heads=8)}}[DEVICE.type]
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[DEVICE.type]
-ROWS, PROMPT, NEW, REPEATS = 64, 32, 32, 5
+ROWS, PROMPT, NEW = 64, 32, 32
+REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
 GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
          ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
          ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0, ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3}
@@ -74,7 +75,7 @@ def beside(section: str, what: str, dtype: torch.dtype, ours: Callable[[], objec
            note: str = "") -> list[Row]:
     """Time ours and all peers in turns, after one round that does not count; a row for each peer."""
     acts = [ours, *(act for act in peers.values() if act)]
-    rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS + 1)][1:]
+    rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS[sum(map(seconds, acts)) > SLOW])]
     times = dict(zip(["ours", *(name for name, act in peers.items() if act)], zip(*rounds)))
     quartiles, rows = statistics.quantiles(times["ours"], n=4), []
     for name in peers:
@@ -289,7 +290,7 @@ def main() -> None:
     for name in args.sections or SECTIONS:
         for dtype in TYPES:
             rows += bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS}, ± distance of the quartiles\n\n{table(rows)}")
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n\n{table(rows)}")
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
