@@ -154,8 +154,8 @@ class Cache:
 
 def visible(pad_B: Tensor, start: int, length: int, dtype: torch.dtype, shared: int = 0) -> Tensor:
     """
-    mask_B1TS, to be added to the logits of attention, 0 or minus infinity: the query in slot start + t sees the shared slots and its row's own up to itself, padding left out; a padding query sees
-    itself, so that no row of the mask is empty.
+    mask_B1TS, to be added to the logits of attention, 0 or minus infinity: the query in slot start + t sees the shared slots and its row's
+    own up to itself, padding left out; a padding query sees itself, so that no row of the mask is empty.
     """
     query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
     key_S = torch.arange(start + length, device=pad_B.device)

@@ -164,12 +164,13 @@ def prefill(model: Transformer, common: Cache, prompts: list[list[int]]) -> Cach
 
 class Seats:
     """
-    The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the number
-    of an empty seat is that of no prompt. Prompts are seated in their order, longest first, so that no newcomer is longer than those who stay.
+    The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the
+    number of an empty seat is that of no prompt. Prompts are seated in their order, longest first, so that those who stay are at least as
+    long as a newcomer. `seated` prompts have had a seat so far, `working` have one now.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, steps: int):
-        self.model, self.prompts, self.seated = model, prompts, 0
+        self.model, self.prompts, self.seated, self.working = model, prompts, 0, 0
         self.common = common_part(model, prompts)
         device, shared = self.common.pad_B.device, self.common.length
         self.number_B = torch.full((rows,), len(prompts), device=device)
@@ -180,13 +181,15 @@ class Seats:
     def make_room(self) -> None:
         """Slots in front that no prompt at work needs any more become free behind."""
         pad_N = self.cache.pad_B[self.number_B < len(self.prompts)]
-        self.cache.slide(int(pad_N.min()) if len(pad_N) else self.cache.length - self.cache.shared)
+        by = int(pad_N.min()) if len(pad_N) else self.cache.length - self.cache.shared
+        if by:
+            self.cache.slide(by)
 
     def fill(self) -> None:
         """Empty seats go to the prompts that wait, some thousand tokens at a time; a prompt that occurs several times is run once."""
         empty_N = (self.number_B == len(self.prompts)).nonzero().squeeze(1)
         new = range(self.seated, min(self.seated + len(empty_N), len(self.prompts)))
-        self.seated, row = new.stop, dict(zip(new, empty_N.tolist()))
+        self.seated, self.working, row = new.stop, self.working + len(new), dict(zip(new, empty_N.tolist()))
         self.make_room()
         self.cache.length = max(self.cache.length, len(self.prompts[new[0]]) - 1)
         same = {}                                                # the numbers of each different prompt
@@ -207,12 +210,12 @@ class Seats:
         self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
         self.cache.keep(stays_B)
 
-    def advance(self, next_B: Tensor, ends_B: Tensor) -> int:
-        """Everybody has drawn a token, and some leave with it. Returns how many are at work still."""
+    def advance(self, next_B: Tensor, ends_B: Tensor) -> None:
+        """Everybody has drawn a token, and some leave with it."""
         self.number_B = self.number_B.masked_fill(ends_B, len(self.prompts))
         at_work_B = self.number_B < len(self.prompts)
         self.next_B, self.t_B = next_B, (self.t_B + 1) * at_work_B
-        return int(at_work_B.sum())
+        self.working = int(at_work_B.sum())
 
 
 def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float, done: Done,
@@ -221,21 +224,21 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     All prompts, longest first, through so many rows. As soon as an eighth of them have stopped, prompts that wait take their places; once
     none wait, those that have stopped leave when they are half of the batch.
     """
-    (N, steps), seats, working = uniform_NT.shape, Seats(model, prompts, rows, uniform_NT.shape[1]), 0
-    device = seats.t_B.device
+    (N, steps), seats = uniform_NT.shape, Seats(model, prompts, rows, uniform_NT.shape[1])
     widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not at every step
+    head, device = lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, widened(weight_VD)), seats.t_B.device
     token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)    # the last row takes what empty seats draw
     logprob_NT, length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
     uniform_NT, stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, device=device)
-    while working or seats.seated < N:
-        if seats.seated < N and working <= rows - max(1, rows // 8):
+    while seats.working or seats.seated < N:
+        if seats.seated < N and seats.working <= rows - max(1, rows // 8):
             seats.fill()
-        elif seats.seated == N and working <= len(seats.number_B) // 2:
+        elif seats.seated == N and seats.working <= len(seats.number_B) // 2:
             seats.shrink()
         if seats.cache.length == seats.cache.slots:
             seats.make_room()
-        logits_BV = model(seats.next_B[:, None], lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, widened(weight_VD)), cache=seats.cache)
-        logp_BV, place = log_policy(logits_BV, temperature or 1.0), (seats.number_B, seats.t_B)
+        logp_BV = log_policy(model(seats.next_B[:, None], head, cache=seats.cache), temperature or 1.0)
+        place = seats.number_B, seats.t_B
         next_B = draw(logp_BV, uniform_NT[place]) if temperature else logp_BV.argmax(-1)
         token_NT[place], logprob_NT[place] = next_B, logp_BV.gather(1, next_B[:, None]).squeeze(1)
         length_N[seats.number_B] = seats.t_B + 1
@@ -243,8 +246,8 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
         if done:
             drawn = zip(token_NT[seats.number_B].tolist(), (seats.t_B + 1).tolist())
             ends_B |= torch.tensor([done(ids[:n]) for ids, n in drawn], device=device)
-        before, working = int((seats.number_B < N).sum()), seats.advance(next_B, ends_B)
-        bar.update(before - working)
+        before, _ = seats.working, seats.advance(next_B, ends_B)
+        bar.update(before - seats.working)
     replies = zip(token_NT.tolist(), logprob_NT.tolist(), length_N[:N].tolist())
     return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
 

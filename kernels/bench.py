@@ -46,7 +46,8 @@ ROWS, PROMPT, NEW = 64, 32, 32
 REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
 GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
          ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
-         ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0, ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3}
+         ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0,
+         ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3}
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,8 @@ def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
     head = ["| section | what | ours, ms | peer | peer, ms | ratio | goal | |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     shown = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
-    cells = [(r.section, r.what, f"{r.ours_ms:.0f} ± {r.spread_ms:.0f}" if r.ours_ms else "", r.peer, shown(r.peer_ms, 0), shown(r.ratio, 2),
-              shown(r.goal, 2), r.note) for r in rows]
+    cells = [(r.section, r.what, f"{r.ours_ms:.0f} ± {r.spread_ms:.0f}" if r.ours_ms else "", r.peer, shown(r.peer_ms, 0),
+              shown(r.ratio, 2), shown(r.goal, 2), r.note) for r in rows]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in cells])
 
 
@@ -290,7 +291,8 @@ def main() -> None:
     for name in args.sections or SECTIONS:
         for dtype in TYPES:
             rows += bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n\n{table(rows)}")
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")
+    print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
