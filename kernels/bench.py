@@ -268,13 +268,15 @@ def bench_step(dtype: torch.dtype) -> list[Row]:
 SECTIONS = {"head": bench_head, "sampler": bench_sampler, "mismatch": bench_mismatch, "step": bench_step}
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
-    head = ["| section | what | ours, ms | peer | peer, ms | ratio | goal | |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+HEADER = "| section | what | ours, ms | peer | peer, ms | ratio | goal | |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+
+
+def line(row: Row) -> str:
+    """A row as Markdown."""
     shown = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
-    cells = [(r.section, r.what, f"{r.ours_ms:.0f} ± {r.spread_ms:.0f}" if r.ours_ms else "", r.peer, shown(r.peer_ms, 0),
-              shown(r.ratio, 2), shown(r.goal, 2), r.note) for r in rows]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in cells])
+    ours = f"{row.ours_ms:.0f} ± {row.spread_ms:.0f}" if row.ours_ms else ""
+    cells = (row.section, row.what, ours, row.peer, shown(row.peer_ms, 0), shown(row.ratio, 2), shown(row.goal, 2), row.note)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -287,12 +289,13 @@ def main() -> None:
         cli.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)   # for models this small one thread is fastest, for ours and for the peers
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n\n{HEADER}")
     rows = []
     for name in args.sections or SECTIONS:
         for dtype in TYPES:
-            rows += bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")
-    print(table(rows))
+            found = bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
+            print("\n".join(map(line, found)), flush=True)
+            rows += found
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
