@@ -167,14 +167,15 @@ def visible(pad_B: Tensor, start: int, length: int, dtype: torch.dtype, shared: 
 # ---------------------------------------------------------------- layers
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 and rounded once (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension; the root mean square in fp32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def rope_rates(shape: Shape, device: torch.device) -> Tensor:
