@@ -289,7 +289,8 @@ def main() -> None:
         cli.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)   # for models this small one thread is fastest, for ours and for the peers
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n\n{HEADER}")
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")
+    print(HEADER)
     rows = []
     for name in args.sections or SECTIONS:
         for dtype in TYPES:
