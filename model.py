@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.linear import linear, unrounded
 from kernels.logprob import token_logprob
 
 if TYPE_CHECKING:   # at run time the functions below import it late: it costs a second, and not every command opens a checkpoint
@@ -110,7 +111,7 @@ class Cache:
     """
     Keys and values of every layer in one block of memory of fixed size. All rows write the same slot at the same time:
 
-        slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ...
+        slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ... | length
 
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use.
     """
@@ -118,7 +119,7 @@ class Cache:
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=dtype, device=pad_B.device)
-        self.pad_B, self.shared, self.length = pad_B, shared, 0
+        self.pad_B, self.shared, self.length, self.slots = pad_B, shared, 0, slots
 
     def begin_with(self, prefix: Cache) -> None:
         """Every row begins with the slots of a cache of one row."""
@@ -133,20 +134,34 @@ class Cache:
         self.value_LBKSE[layer, :, :, self.length:end] = value_BKTE
         return self.key_LBKSE[layer, :, :, :end], self.value_LBKSE[layer, :, :, :end]
 
+    def place(self, row_N: Tensor, from_N: Tensor, other: Cache) -> None:
+        """These rows take over the own tokens of rows from_N of another cache with the same prefix; they end at the present length."""
+        own = other.length - other.shared
+        self.key_LBKSE[:, row_N, :, self.length - own:self.length] = other.key_LBKSE[:, from_N, :, other.shared:other.length]
+        self.value_LBKSE[:, row_N, :, self.length - own:self.length] = other.value_LBKSE[:, from_N, :, other.shared:other.length]
+        self.pad_B[row_N] = other.pad_B[from_N] + self.length - other.length
+
+    def slide(self, by: int) -> None:
+        """Move all own tokens `by` slots to the front, into padding, so that new ones find room behind them."""
+        for block_BKSE in (*self.key_LBKSE, *self.value_LBKSE):
+            block_BKSE[:, :, self.shared:self.length - by] = block_BKSE[:, :, self.shared + by:self.length].clone()
+        self.pad_B, self.length = (self.pad_B - by).clamp(min=0), self.length - by
+
     def keep(self, row_B: Tensor) -> None:
         """Drop all rows but these: finished rows should cost nothing."""
         self.key_LBKSE, self.value_LBKSE, self.pad_B = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B], self.pad_B[row_B]
 
 
-def visible(pad_B: Tensor, start: int, length: int, shared: int = 0) -> Tensor:
+def visible(pad_B: Tensor, start: int, length: int, dtype: torch.dtype, shared: int = 0) -> Tensor:
     """
-    mask_B1TS: the query in slot start + t sees the shared slots and its row's own up to itself, padding left out; a padding query sees
-    itself, so that no row of the mask is empty.
+    mask_B1TS, to be added to the logits of attention, 0 or minus infinity: the query in slot start + t sees the shared slots and its row's
+    own up to itself, padding left out; a padding query sees itself, so that no row of the mask is empty.
     """
     query_T1 = torch.arange(start, start + length, device=pad_B.device)[:, None]
     key_S = torch.arange(start + length, device=pad_B.device)
     is_token_BTS = (key_S < shared) | (key_S >= shared + pad_B[:, None, None])
-    return ((key_S <= query_T1) & (is_token_BTS | (key_S == query_T1)))[:, None]
+    sees_BTS = (key_S <= query_T1) & (is_token_BTS | (key_S == query_T1))
+    return torch.zeros(sees_BTS.shape, dtype=dtype, device=pad_B.device).masked_fill_(~sees_BTS, float("-inf"))[:, None]
 
 
 # ---------------------------------------------------------------- layers
@@ -179,37 +194,51 @@ def rope_rates(shape: Shape, device: torch.device) -> Tensor:
 
 
 def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles, [B, 1, T, E]. Angles in fp32: bf16 cannot tell position 1000 from 1001."""
-    angle_BTE = (position_BT[..., None].float() * rope_rates(shape, position_BT.device)).repeat(1, 1, 2)
-    return angle_BTE.cos()[:, None].to(dtype), angle_BTE.sin()[:, None].to(dtype)
+    """
+    cos and sin of each position's angles, [B, 1, T, E]; the sines of the first half carry the minus of the rotation's formula.
+    Angles in fp32: bf16 cannot tell position 1000 from 1001.
+    """
+    angle_B1TF = (position_BT[..., None].float() * rope_rates(shape, position_BT.device))[:, None]
+    cos_B1TF, sin_B1TF = angle_B1TF.cos().to(dtype), angle_B1TF.sin().to(dtype)
+    return torch.cat((cos_B1TF, cos_B1TF), dim=-1), torch.cat((-sin_B1TF, sin_B1TF), dim=-1)
 
 
 def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
     """Rotate each pair (x[e], x[e + E/2]) by its position's angle: the layout of Hugging Face checkpoints."""
     low, high = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((-high, low), dim=-1) * sin_B1TE
+    return x_BHTE * cos_B1TE + torch.cat((high, low), dim=-1) * sin_B1TE
 
 
 def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
     """Softmax attention; G query heads share each key head. Without a mask it is causal over T = S."""
     B, H, T, E = query_BHTE.shape
-    K, S = key_BKSE.shape[1:3]
-    if T > 1:
+    K = key_BKSE.shape[1]
+    if T > 1 or mask_B1TS is None:
         return F.scaled_dot_product_attention(query_BHTE, key_BKSE, value_BKSE, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=H != K)
-    # one query per row: two small matrix products per key head read each key once, where the general routine reads it once per query head
-    weight_BKGS = query_BHTE.view(B, K, H // K, E) @ key_BKSE.mT * E ** -0.5
-    weight_BKGS = weight_BKGS.float().masked_fill(~mask_B1TS, float("-inf")) if mask_B1TS is not None else weight_BKGS.float()
-    return (weight_BKGS.softmax(-1).to(value_BKSE.dtype) @ value_BKSE).view(B, H, 1, E)
+    # one query per row: the query heads that share a key stand where positions stand, so that each key is read once and not G times
+    query_BKGE = query_BHTE.view(B, K, H // K, E)
+    if query_BHTE.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query_BKGE, key_BKSE, value_BKSE, mask_B1TS).view(B, H, 1, E)
+    # on a CPU that routine takes exponentials to 20 bits only, which shows in fp32; here it is no faster than this
+    weight_BKGS = (query_BKGE @ key_BKSE.mT * E ** -0.5 + mask_B1TS).softmax(-1)
+    return (weight_BKGS @ value_BKSE).view(B, H, 1, E)
+
+
+class Linear(nn.Linear):
+    """The parameters of nn.Linear, and the product of kernels/linear.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         q_width, kv_width = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        self.q_proj = nn.Linear(shape.width, q_width, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(q_width, shape.width, bias=shape.o_bias)
+        self.q_proj = Linear(shape.width, q_width, bias=shape.qkv_bias)
+        self.k_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.v_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
+        self.o_proj = Linear(q_width, shape.width, bias=shape.o_bias)
         self.q_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
         self.head_width = shape.head_width
@@ -229,9 +258,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.width, shape.inner, bias=False)
-        self.up_proj = nn.Linear(shape.width, shape.inner, bias=False)
-        self.down_proj = nn.Linear(shape.inner, shape.width, bias=False)
+        self.gate_proj = Linear(shape.width, shape.inner, bias=False)
+        self.up_proj = Linear(shape.width, shape.inner, bias=False)
+        self.down_proj = Linear(shape.inner, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -274,8 +303,8 @@ class Transformer(nn.Module):
         start, shared, pad_B = (cache.length, cache.shared, cache.pad_B) if cache else (0, 0, pad_B)
         slot_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
         position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=shared)
-        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], shared)
         x_BTD = self.embed_tokens(ids_BT)
+        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], x_BTD.dtype, shared)
         cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
         for layer, block in enumerate(self.layers):
             given = (x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
@@ -287,7 +316,7 @@ class Transformer(nn.Module):
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last slot, never rounded below fp32."""
-    return hidden_BTD[:, -1].float() @ weight_VD.float().T
+    return unrounded(hidden_BTD[:, -1], weight_VD)
 
 
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

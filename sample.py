@@ -1,7 +1,7 @@
 """
 How text is drawn, fast, and with what probability.
 
-    prompts -> pad left, batch -> prefill the cache -> [ logits_BV -> log_policy -> draw one token per row -> one step ] until all rows stop
+    prompts -> fill empty rows of the cache -> [ logits_BV -> log_policy -> draw one token per row -> one step ] until all have stopped
 
 The log-probability of a token is recorded under exactly the distribution that it was drawn from. Chance enters as an argument: one
 uniform number per token, a function of (seed, step, game, turn). Whoever samples a game, in whatever batch, draws the same text.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 SHARED = 16               # tokens that all prompts must have in common for a separate pass over them to pay
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
+PREFILL = 8192            # tokens of prompts in one pass
+WORDS = 128               # words in a block of the vocabulary, see draw
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
 
@@ -110,62 +113,144 @@ def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int)
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
 
 
+def invert(mass_BW: Tensor, point_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The first entry whose cumulative mass exceeds `point`, and the mass in front of it, both [B, 1], fp64. An entry without mass is never
+    the one: a point that rounding has pushed to the end of all mass counts as lying just before it.
+    """
+    cdf_BW = mass_BW.cumsum(-1)
+    last_B1 = torch.nextafter(cdf_BW[:, -1:], torch.zeros_like(point_B1))
+    place_B1 = torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True)
+    return place_B1, F.pad(cdf_BW, (1, 0)).gather(1, place_B1)
+
+
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """token_B by inverting the cumulative distribution. In fp64: over 150,000 words fp32 sums would lose the rare ones."""
-    cdf_BV = logp_BV.double().exp_().cumsum(-1)
-    token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
-    return token_B1.squeeze(1).clamp(max=logp_BV.shape[1] - 1)
+    """
+    token_B by inverting the cumulative distribution: first the block of words, then the word in it. Cumulative sums are fp64, because over
+    150,000 words fp32 ones would lose the rare; by blocks, because only few of them are needed.
+    """
+    p_BCW = F.pad(logp_BV.exp(), (0, -logp_BV.shape[1] % WORDS)).unflatten(1, (-1, WORDS))
+    mass_BC = p_BCW.sum(-1, dtype=torch.float64)
+    point_B1 = uniform_B[:, None] * mass_BC.sum(-1, keepdim=True)
+    block_B1, before_B1 = invert(mass_BC, point_B1)
+    inside_BW = p_BCW[torch.arange(len(p_BCW), device=block_B1.device), block_B1[:, 0]].double()
+    return (block_B1 * WORDS + invert(inside_BW, point_B1 - before_B1)[0]).squeeze(1)
 
 
-def prefill(model: Transformer, prompts: list[list[int]], steps: int) -> tuple[Cache, Tensor]:
-    """
-    A cache with room for all prompts and `steps` more tokens, and the ids_BT that are still to be run. What all prompts begin with, such
-    as an instruction, is run once and has been copied to every row.
-    """
-    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+def no_head(hidden_BTD: Tensor, weight_VD: Tensor) -> None:
+    """What a pass over a prompt is to answer: nothing, for what it leaves in the cache is all."""
+
+
+def common_part(model: Transformer, prompts: list[list[int]]) -> Cache:
+    """A cache of one row with what all prompts begin with, such as an instruction, where that is long enough to be run apart."""
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     shared = shared if shared >= SHARED and len(prompts) > 1 else 0
-    longest = max(map(len, prompts))
-    pad_B = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids_BT = torch.tensor([[0] * (longest - len(p)) + p[shared:] for p in prompts], device=device)
-    cache = Cache(model.shape, len(prompts), longest + steps, pad_B, dtype, shared)
+    weight_VD = model.embed_tokens.weight
+    common = Cache(model.shape, 1, shared, torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
     if shared:
-        common = Cache(model.shape, 1, shared, pad_B.new_zeros(1), dtype)
-        model(torch.tensor([prompts[0][:shared]], device=device), lambda hidden_BTD, weight_VD: None, cache=common)
-        cache.begin_with(common)
-    return cache, ids_BT
+        model(torch.tensor([prompts[0][:shared]], device=weight_VD.device), no_head, cache=common)
+    return common
 
 
-def decode(model: Transformer, prompts: list[list[int]], uniform_BT: Tensor, stops: list[int], temperature: float,
-           done: Done) -> list[Sample]:
-    """One batch, start to end. Rows that have stopped leave the batch once they are half of it."""
-    steps = uniform_BT.shape[1]
-    cache, ids_BT = prefill(model, prompts, steps)
-    device = ids_BT.device
-    token_BT = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
-    logprob_BT = torch.zeros(len(prompts), steps, device=device)
-    uniform_BT, stop_S = uniform_BT.to(device), torch.tensor(stops, device=device)
-    length_B = torch.full((len(prompts),), steps, device=device)
-    live_B = torch.arange(len(prompts), device=device)            # the rows still in the batch
-    for t in range(steps):
-        logp_BV = log_policy(model(ids_BT, last_logits, cache=cache), temperature or 1.0)
-        next_B = draw(logp_BV, uniform_BT[live_B, t]) if temperature else logp_BV.argmax(-1)
-        token_BT[live_B, t] = next_B
-        logprob_BT[live_B, t] = logp_BV.gather(1, next_B[:, None]).squeeze(1)
-        ends_B = torch.isin(next_B, stop_S)
+def prefill(model: Transformer, common: Cache, prompts: list[list[int]]) -> Cache:
+    """A cache of these prompts, longest first, all but the last token of each, which the next step runs."""
+    device, shared, longest = common.pad_B.device, common.length, len(prompts[0]) - 1
+    pad_B = torch.tensor([longest + 1 - len(p) for p in prompts], device=device)
+    cache = Cache(model.shape, len(prompts), longest, pad_B, common.key_LBKSE.dtype, shared)
+    cache.begin_with(common)
+    if longest > shared:
+        model(torch.tensor([[0] * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), no_head, cache=cache)
+    return cache
+
+
+class Seats:
+    """
+    The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the
+    number of an empty seat is that of no prompt. Prompts are seated in their order, longest first, so that those who stay are at least as
+    long as a newcomer. `seated` prompts have had a seat so far, `working` have one now.
+    """
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, steps: int):
+        self.model, self.prompts, self.seated, self.working = model, prompts, 0, 0
+        self.common = common_part(model, prompts)
+        device, shared = self.common.pad_B.device, self.common.length
+        self.number_B = torch.full((rows,), len(prompts), device=device)
+        self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
+        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), self.common.key_LBKSE.dtype, shared)
+        self.cache.begin_with(self.common)
+
+    def make_room(self) -> None:
+        """Slots in front that no prompt at work needs any more become free behind."""
+        pad_N = self.cache.pad_B[self.number_B < len(self.prompts)]
+        by = int(pad_N.min()) if len(pad_N) else self.cache.length - self.cache.shared
+        if by:
+            self.cache.slide(by)
+
+    def fill(self) -> None:
+        """Empty seats go to the prompts that wait, some thousand tokens at a time; a prompt that occurs several times is run once."""
+        empty_N = (self.number_B == len(self.prompts)).nonzero().squeeze(1)
+        new = range(self.seated, min(self.seated + len(empty_N), len(self.prompts)))
+        self.seated, self.working, row = new.stop, self.working + len(new), dict(zip(new, empty_N.tolist()))
+        self.make_room()
+        self.cache.length = max(self.cache.length, len(self.prompts[new[0]]) - 1)
+        same = {}                                                # the numbers of each different prompt
+        for n in new:
+            same.setdefault(tuple(self.prompts[n]), []).append(n)
+        different, count = list(same), max(1, PREFILL // len(self.prompts[new[0]]))
+        for group in (different[i:i + count] for i in range(0, len(different), count)):
+            small = prefill(self.model, self.common, [list(p) for p in group])
+            pairs = [(row[n], i) for i, p in enumerate(group) for n in same[p]]
+            self.cache.place(*torch.tensor(pairs, device=empty_N.device).T, small)
+        taken_N = empty_N[:len(new)]
+        self.number_B[taken_N] = torch.arange(new.start, new.stop, device=empty_N.device)
+        self.next_B[taken_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
+
+    def shrink(self) -> None:
+        """Empty seats leave."""
+        stays_B = self.number_B < len(self.prompts)
+        self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
+        self.cache.keep(stays_B)
+
+    def advance(self, next_B: Tensor, ends_B: Tensor) -> None:
+        """Everybody has drawn a token, and some leave with it."""
+        self.number_B = self.number_B.masked_fill(ends_B, len(self.prompts))
+        at_work_B = self.number_B < len(self.prompts)
+        self.next_B, self.t_B = next_B, (self.t_B + 1) * at_work_B
+        self.working = int(at_work_B.sum())
+
+
+def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float, done: Done,
+           rows: int, bar: tqdm) -> list[Sample]:
+    """
+    All prompts, longest first, through so many rows. As soon as an eighth of them have stopped, prompts that wait take their places; once
+    none wait, those that have stopped leave when they are half of the batch.
+    """
+    (N, steps), seats = uniform_NT.shape, Seats(model, prompts, rows, uniform_NT.shape[1])
+    widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not at every step
+    head, device = lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, widened(weight_VD)), seats.t_B.device
+    token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)    # the last row takes what empty seats draw
+    logprob_NT, length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
+    uniform_NT, stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, device=device)
+    while seats.working or seats.seated < N:
+        if seats.seated < N and seats.working <= rows - max(1, rows // 8):
+            seats.fill()
+        elif seats.seated == N and seats.working <= len(seats.number_B) // 2:
+            seats.shrink()
+        if seats.cache.length == seats.cache.slots:
+            seats.make_room()
+        logp_BV = log_policy(model(seats.next_B[:, None], head, cache=seats.cache), temperature or 1.0)
+        place = seats.number_B, seats.t_B
+        next_B = draw(logp_BV, uniform_NT[place]) if temperature else logp_BV.argmax(-1)
+        token_NT[place], logprob_NT[place] = next_B, logp_BV.gather(1, next_B[:, None]).squeeze(1)
+        length_N[seats.number_B] = seats.t_B + 1
+        ends_B = torch.isin(next_B, stop_S) | (seats.t_B + 1 == steps)
         if done:
-            ends_B |= torch.tensor([done(ids) for ids in token_BT[live_B, :t + 1].tolist()], device=device)
-        length_B[live_B] = torch.where(ends_B & (length_B[live_B] == steps), t + 1, length_B[live_B])
-        going_B = length_B[live_B] > t + 1
-        n_going = int(going_B.sum())
-        if n_going == 0:
-            break
-        if n_going <= len(live_B) // 2:
-            live_B, next_B = live_B[going_B], next_B[going_B]
-            cache.keep(going_B)
-        ids_BT = next_B[:, None]
-    tokens, logprobs, lengths = token_BT.tolist(), logprob_BT.tolist(), length_B.tolist()
-    return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in zip(tokens, logprobs, lengths)]
+            drawn = zip(token_NT[seats.number_B].tolist(), (seats.t_B + 1).tolist())
+            ends_B |= torch.tensor([done(ids[:n]) for ids, n in drawn], device=device)
+        before, _ = seats.working, seats.advance(next_B, ends_B)
+        bar.update(before - seats.working)
+    replies = zip(token_NT.tolist(), logprob_NT.tolist(), length_N[:N].tolist())
+    return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
 
 
 @torch.no_grad()
@@ -173,19 +258,16 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
            label: str = "", done: Done = None) -> list[Sample]:
     """
     A reply to each prompt, in order, of at most uniform_NT.shape[1] tokens. Temperature 0 takes the likeliest token and records its
-    log-probability at temperature 1. Longest prompts go first, so that each batch pads little and the first one shows the memory it needs.
-    A reply ends with a stop token, or as soon as `done` says so of its tokens. With a `label`, a progress bar appears after two seconds.
+    log-probability at temperature 1. A reply ends with a stop token, or as soon as `done` says so of its tokens. With a `label`, a progress
+    bar appears after two seconds.
     """
+    if not prompts:
+        return []
     order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    replies: list[Sample | None] = [None] * len(prompts)
+    rows = min(len(prompts), max(1, CACHE_SLOTS // (len(prompts[order[0]]) + uniform_NT.shape[1])))
     with tqdm(total=len(order), desc=label, unit="reply", leave=False, delay=2, disable=not label) as bar:
-        while order:
-            rows = max(1, CACHE_SLOTS // (len(prompts[order[0]]) + uniform_NT.shape[1]))
-            batch, order = order[:rows], order[rows:]
-            for n, reply in zip(batch, decode(model, [prompts[n] for n in batch], uniform_NT[batch], stops, temperature, done)):
-                replies[n] = reply
-            bar.update(len(batch))
-    return replies
+        replies = decode(model, [prompts[n] for n in order], uniform_NT[order], stops, temperature, done, rows, bar)
+    return [reply for _, reply in sorted(zip(order, replies), key=lambda pair: pair[0])]
 
 
 def main() -> None:

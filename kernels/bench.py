@@ -1,16 +1,17 @@
 """
 How fast the hand-written parts are, beside what a user would install instead.
 
-    python -m kernels.bench               # one table: ours, the peer, their ratio, and the errors of both
-    python -m kernels.bench --json bench.json
+    python -m kernels.bench                          # one table: ours, the peers, the ratios and their goals, and the errors of both
+    python -m kernels.bench head sampler --json bench.json
+    python -m kernels.bench mismatch --model FOLDER  # sampler against trainer on a real checkpoint
 
-Ours and the peer run in turns in one process, on the same tensors; times are medians, with the spread between the quartiles. Sizes follow
-the device: tiny models on a CPU, heads of 8B models on a GPU. A peer that is not installed is left out, and the table says so. This command
-looks at the files above it in the list; nothing rests on it.
+Ours and the peers run in turns in one process, on the same tensors. Times are medians, with the distance of the quartiles; a ratio is the
+median of the ratios of neighbouring runs, so that a machine that others use too does little harm. Sizes follow the device: tiny and small
+models on a CPU, shapes of 0.5B to 8B models with random weights on a GPU. A peer that is not installed is left out, and the table says so.
+This command looks at the files above it in the list; nothing rests on it.
 """
 import json
 import statistics
-import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -20,31 +21,46 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels.logprob import token_logprob
-from model import Transformer, new_model, score, their_name
-from sample import sample, uniforms
+from model import Transformer, load, score, their_name
+from sample import Sample, sample, uniforms
 from selfplay import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HEADS = [(16384, 4096, 128256), (16384, 3584, 152064)] if DEVICE.type == "cuda" else [(2048, 256, 4096)]   # tokens, width, words
-LAYERS = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-MODELS = {"toy-sized": dict(vocab_size=160, hidden_size=128, intermediate_size=512, **LAYERS),
-          "4M": dict(vocab_size=4096, hidden_size=256, intermediate_size=704, **LAYERS)}
-REPEATS = 7
+HEADS = {"cpu": [(2048, 256, 4096)],                                                                      # tokens, width, words
+         "cuda": [(16384, 4096, 128256), (16384, 3584, 152064), (16384, 896, 151936)]}[DEVICE.type]
+TINY = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, intermediate_size=512, **TINY, initializer_range=0.1),
+                  "SmolLM2-sized": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                               num_attention_heads=9, num_key_value_heads=3, initializer_range=0.04)},
+          "cuda": {"Qwen2.5-0.5B": Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                                               num_attention_heads=14, num_key_value_heads=2),
+                   "Qwen2.5-7B": Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                             num_attention_heads=28, num_key_value_heads=4),
+                   "Llama-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                                           num_attention_heads=32, num_key_value_heads=8)}}[DEVICE.type]
+TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[DEVICE.type]
+ROWS, PROMPT, NEW = 64, 32, 32
+REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
+GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
+         ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
+         ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0,
+         ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Times in milliseconds; `ratio` above 1 is in our favour; `note` holds errors or the reason for a gap."""
+    """One line of the table. Times in milliseconds; a ratio above 1 is in our favour; `note` holds errors, or why there is no peer."""
+    section: str
     what: str
     ours_ms: float
     spread_ms: float
-    peer: str
+    peer: str = ""
     peer_ms: float | None = None
     ratio: float | None = None
+    goal: float | None = None
     note: str = ""
 
 
@@ -56,43 +72,52 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def beside(what: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object] | None, note: str = "") -> Row:
-    """Time both in turns, after one run each that does not count."""
-    acts = [ours] + [peer] * (peer is not None)
-    times = list(zip(*[[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS + 1)][1:]))
-    medians, quartiles = [statistics.median(t) for t in times], statistics.quantiles(times[0], n=4)
-    if peer is None:
-        return Row(what, medians[0], quartiles[2] - quartiles[0], peer_name, note=note or "not installed")
-    return Row(what, medians[0], quartiles[2] - quartiles[0], peer_name, medians[1], medians[1] / medians[0], note)
+def beside(section: str, what: str, dtype: torch.dtype, ours: Callable[[], object], peers: dict[str, Callable[[], object] | None],
+           note: str = "") -> list[Row]:
+    """Time ours and all peers in turns, after one round that does not count; a row for each peer."""
+    acts = [ours, *(act for act in peers.values() if act)]
+    rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS[sum(map(seconds, acts)) > SLOW])]
+    times = dict(zip(["ours", *(name for name, act in peers.items() if act)], zip(*rounds)))
+    quartiles, rows = statistics.quantiles(times["ours"], n=4), []
+    for name in peers:
+        row = dict(section=section, what=f"{what}, {str(dtype)[6:]}", ours_ms=statistics.median(times["ours"]), peer=name, note=note,
+                   spread_ms=quartiles[2] - quartiles[0], goal=GOALS.get((DEVICE.type, section, dtype, name)))
+        found = dict(peer_ms=statistics.median(times[name]), ratio=statistics.median(p / o for o, p in zip(times["ours"], times[name]))) \
+            if name in times else dict(note="not installed")
+        rows.append(Row(**row | found))
+    return rows
 
 
 # ---------------------------------------------------------------- the head
 
-def full_logits(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, None]:
+def full_logits(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
     """What most code does: all logits in the model's precision, then a log-softmax in fp32."""
     logp_NV = torch.log_softmax((hidden_ND @ weight_VD.T).float() / temperature, -1)
-    return logp_NV.gather(1, ids_N[:, None]).squeeze(1), None
+    return logp_NV.gather(1, ids_N[:, None]).squeeze(1)
 
 
-def trl_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, None]:
-    """TRL's chunked head."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    result = ChunkedLogProbFunction.apply(hidden_ND, weight_VD, ids_N, temperature)
-    return (result[0] if isinstance(result, tuple) else result), None
+def trl_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
+    """TRL 1.16's chunked head, with its own chunk size and with the entropy, which ours returns too."""
+    from trl.kernels import ChunkedLogProbFunction
+    return ChunkedLogProbFunction.apply(hidden_ND, weight_VD, None, ids_N, temperature, 32768, None, 1.0, ("entropy",))[0]
+
+
+def our_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> Tensor:
+    return token_logprob(hidden_ND, weight_VD, ids_N, temperature)[0]
 
 
 def forward_backward(head: Callable, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> Callable[[], Tensor]:
     """Both passes of a head, as something to time; it returns the log-probabilities."""
     def act() -> Tensor:
         hidden_ND.grad = weight_VD.grad = None
-        logprob_N = head(hidden_ND, weight_VD, ids_N, 0.7)[0]
+        logprob_N = head(hidden_ND, weight_VD, ids_N, 0.7)
         logprob_N.sum().backward()
         return logprob_N.detach()
     return act
 
 
 def bench_head(dtype: torch.dtype) -> list[Row]:
-    """Log-probability, forward and backward. The error is against fp64, on the first 256 tokens."""
+    """Log-probability, forward and backward. The error is the largest against fp64, on the first 256 tokens."""
     rows = []
     for N, D, V in HEADS:
         generator = torch.Generator().manual_seed(0)
@@ -101,65 +126,177 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
         ids_N = torch.randint(V, (N,), generator=generator).to(DEVICE)
         exact_NV = torch.log_softmax(hidden_ND[:256].detach().double() @ weight_VD.detach().double().T / 0.7, -1)
         exact_N = exact_NV.gather(1, ids_N[:256, None]).squeeze(1)
-        peers = {"full logits": full_logits, "TRL chunked": trl_head if find_spec("trl") else None}
-        error = lambda act: (act()[:256].double() - exact_N).abs().max().item()
-        ours = forward_backward(token_logprob, hidden_ND, weight_VD, ids_N)
-        for name, head in peers.items():
-            peer = forward_backward(head, hidden_ND, weight_VD, ids_N) if head else None
-            note = f"errors {error(ours):.0e}, {error(peer):.0e}" if peer else ""
-            rows.append(beside(f"head {str(dtype)[6:]}, {N} x {D} x {V}", ours, name, peer, note))
+        trl_runs = find_spec("trl") and find_spec("accelerate") and find_spec("datasets")   # its backward pass imports its trainers
+        heads = {"ours": our_head, "full logits": full_logits} | ({"TRL chunked": trl_head} if trl_runs else {})
+        acts = {name: forward_backward(head, hidden_ND, weight_VD, ids_N) for name, head in heads.items()}
+        errors = [f"{name} {(act()[:256].double() - exact_N).abs().max():.0e}" for name, act in acts.items()]
+        peers = {name: acts.get(name) for name in ("full logits", "TRL chunked")}
+        found = beside("head", f"{N} x {D} x {V}", dtype, acts["ours"], peers, "errors: " + ", ".join(errors))
+        rate = 8 * N * D * V / found[0].ours_ms / 1e9
+        rows += [*found, Row("head", f"{N} x {D} x {V}, {str(dtype)[6:]}", found[0].ours_ms, found[0].spread_ms,
+                             note=f"{rate:.2f} TFLOP/s; torch.mm alone {product_rate(dtype):.2f}")]
     return rows
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """TFLOP/s of a square product of random numbers: the ceiling of everything here."""
+    size = 8192 if DEVICE.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
+    return 2 * size ** 3 / statistics.median([seconds(lambda: a @ b) for _ in range(10)][3:]) / 1e12
+
+
+# ---------------------------------------------------------------- models
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> Transformer:
+    """Random weights, made where they will be used: speed does not depend on what they are, if they are not all zeros."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Transformer(config).to(dtype).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=config.initializer_range)
+    return model
+
+
+def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers, on the very same weights."""
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(ours.config, dtype=dtype).eval().requires_grad_(False)
+    weights = {their_name(key): tensor for key, tensor in ours.state_dict().items()}
+    model.load_state_dict(weights, strict=not ours.shape.tied, assign=True)
+    model.tie_weights()
+    return model
+
+
+@dataclass
+class Pair:
+    """A model here and in transformers, and ragged prompts, padded on the left for theirs."""
+    ours: Transformer
+    theirs: torch.nn.Module
+    prompts: list[list[int]]
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    def sample(self) -> list[Sample]:
+        return sample(self.ours, self.prompts, uniforms(0, 0, range(len(self.prompts)), 0, NEW), [])
+
+    def generate(self, scores: bool = False, cache: str = "dynamic") -> tuple[Tensor, Tensor | None]:
+        """Their tokens; with `scores`, the log-probability of each too."""
+        with torch.no_grad():
+            made = self.theirs.generate(self.ids_BT, attention_mask=self.mask_BT, max_new_tokens=NEW, do_sample=True, top_k=0, top_p=1.0,
+                                        temperature=1.0, eos_token_id=None, pad_token_id=0, output_logits=scores,
+                                        return_dict_in_generate=True, cache_implementation=cache)
+            ids_BT = made.sequences[:, self.ids_BT.shape[1]:]
+            if not scores:
+                return ids_BT, None
+            logp_TBV = torch.stack(made.logits).float().log_softmax(-1)
+            return ids_BT, logp_TBV.gather(2, ids_BT.T[..., None]).squeeze(2).T
+
+
+def pair_of(ours: Transformer, dtype: torch.dtype, rows: int = ROWS) -> Pair:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, ours.shape.vocab, (PROMPT - n % 8,), generator=generator).tolist() for n in range(rows)]
+    ids_BT = torch.tensor([[0] * (PROMPT - len(p)) + p for p in prompts], device=DEVICE)
+    mask_BT = torch.tensor([[0] * (PROMPT - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    return Pair(ours, theirs_of(ours, dtype), prompts, ids_BT, mask_BT)
 
 
 # ---------------------------------------------------------------- the sampler
 
-def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
-    """The same weights in transformers."""
-    model = AutoModelForCausalLM.from_config(ours.config).eval()
-    model.load_state_dict({their_name(key): tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
-    return model.to(DEVICE, dtype)
+def bench_sampler(dtype: torch.dtype) -> list[Row]:
+    """Ours always records log-probabilities. Theirs: with and without, and with a cache of fixed size."""
+    rows = []
+    for name, config in MODELS.items():
+        pair = pair_of(random_model(config, dtype), dtype)
+        peers = {"generate, log-probs": lambda: pair.generate(scores=True), "generate": pair.generate,
+                 "generate, static cache": lambda: pair.generate(cache="static")}
+        rows += beside("sampler", f"{name}, {ROWS} rows, {PROMPT} + {NEW} tokens", dtype, pair.sample, peers)
+    return rows
 
 
-def bench_sampler(dtype: torch.dtype, rows: int = 64, prompt: int = 32, new: int = 32) -> list[Row]:
-    """Ragged prompts, log-probabilities recorded, against `generate` with its scores kept; and sampler against trainer."""
-    lines = []
-    for name, size in MODELS.items():
-        ours = new_model(LlamaConfig(**size, initializer_range=0.1, tie_word_embeddings=True), seed=0)
-        ours = ours.to(DEVICE, dtype).requires_grad_(False)
-        theirs = theirs_of(ours, dtype)
-        generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(1, size["vocab_size"], (prompt - n % 8,), generator=generator).tolist() for n in range(rows)]
-        uniform_NT = uniforms(0, 0, range(rows), 0, new)
-        ids_BT = torch.tensor([[0] * (prompt - len(p)) + p for p in prompts], device=DEVICE)
-        mask_BT = torch.tensor([[0] * (prompt - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
-        act = lambda: sample(ours, prompts, uniform_NT, [])
-        peer = lambda: theirs.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=True, top_k=0, eos_token_id=None,
-                                       pad_token_id=0, output_scores=True, return_dict_in_generate=True)
-        replies = act()
-        packed_BT, chosen_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]], DEVICE)
+def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
+    """|sampler - trainer| of the log-probability, nats a token: ours, and theirs between `generate` and a pass over the same tokens."""
+    models = {folder: lambda: load(folder, dtype).to(DEVICE).requires_grad_(False)} if folder else \
+        {name: lambda config=config: random_model(config, dtype) for name, config in MODELS.items()}
+    rows = []
+    for name, make in models.items():
+        pair = pair_of(make(), dtype, rows=16)
+        replies, (ids_BT, sampled_BT) = pair.sample(), pair.generate(scores=True)
+        packed_BT, chosen_BT, recorded_BT = pack(pair.prompts, [r.ids for r in replies], [[r.logprobs for r in replies]], DEVICE)
         with torch.no_grad():
-            difference = (score(ours, packed_BT, chosen_BT)[0] - sampled_BT)[chosen_BT].abs()
-        note = f"sampler - trainer: max {difference.max():.0e}, mean {difference.mean():.0e}"
-        lines.append(beside(f"sampler {str(dtype)[6:]}, {name}, {rows} rows", act, "transformers generate", peer, note))
-    return lines
+            ours_N = (score(pair.ours, packed_BT, chosen_BT)[0] - recorded_BT)[chosen_BT].abs()
+            whole_BT, mask_BT = torch.cat((pair.ids_BT, ids_BT), 1), torch.cat((pair.mask_BT, torch.ones_like(ids_BT)), 1)
+            position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+            logits_BTV = pair.theirs(whole_BT, attention_mask=mask_BT, position_ids=position_BT, logits_to_keep=NEW + 1).logits
+            logp_BTV = logits_BTV[:, :-1].float().log_softmax(-1)
+        theirs_N = (logp_BTV.gather(2, ids_BT[..., None]).squeeze(2) - sampled_BT).abs()
+        note = ", ".join(f"{who} mean {d.mean():.1e}, max {d.max():.1e}, ratios off by 1 %: {(d.expm1().abs() > 0.01).float().mean():.0%}"
+                         for who, d in (("ours", ours_N), ("theirs", theirs_N)))
+        rows.append(Row("mismatch", f"{name}, {str(dtype)[6:]}", 0.0, 0.0, note=note))
+    return rows
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
-    head = ["| what | ours, ms | peer | peer, ms | ratio | |", "| --- | --- | --- | --- | --- | --- |"]
-    shown = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    cells = [(r.what, f"{r.ours_ms:.0f} ± {r.spread_ms:.0f}", r.peer, shown(r.peer_ms, 0), shown(r.ratio, 2), r.note) for r in rows]
-    return "\n".join(head + ["| " + " | ".join(row) + " |" for row in cells])
+# ---------------------------------------------------------------- a whole step
+
+def bench_step(dtype: torch.dtype) -> list[Row]:
+    """Play, score by the reference, and one update's forward and backward pass, on the smallest model: ours, and what generate costs."""
+    name, config = next(iter(MODELS.items()))
+    pair = pair_of(random_model(config, dtype), dtype)
+    pair.ours.requires_grad_(True)
+    pair.theirs.requires_grad_(True)
+
+    def ours() -> None:
+        replies = pair.sample()
+        ids_BT, mask_BT = pack(pair.prompts, [r.ids for r in replies], device=DEVICE)
+        with torch.no_grad():
+            score(pair.ours, ids_BT, mask_BT)
+        score(pair.ours, ids_BT, mask_BT)[0].sum().backward()
+
+    def theirs() -> None:
+        ids_BT, _ = pair.generate(scores=True)
+        whole_BT, mask_BT = torch.cat((pair.ids_BT, ids_BT), 1), torch.cat((pair.mask_BT, torch.ones_like(ids_BT)), 1)
+
+        def total() -> Tensor:
+            logits_BTV = pair.theirs(whole_BT, attention_mask=mask_BT, logits_to_keep=NEW + 1, use_cache=False).logits
+            return logits_BTV[:, :-1].float().log_softmax(-1).gather(2, ids_BT[..., None]).sum()
+        with torch.no_grad():
+            total()
+        total().backward()
+    return beside("step", f"{name}, {ROWS} games", dtype, ours, {"the same by transformers": theirs})
+
+
+SECTIONS = {"head": bench_head, "sampler": bench_sampler, "mismatch": bench_mismatch, "step": bench_step}
+
+
+HEADER = "| section | what | ours, ms | peer | peer, ms | ratio | goal | |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+
+
+def line(row: Row) -> str:
+    """A row as Markdown."""
+    shown = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
+    ours = f"{row.ours_ms:.0f} ± {row.spread_ms:.0f}" if row.ours_ms else ""
+    cells = (row.section, row.what, ours, row.peer, shown(row.peer_ms, 0), shown(row.ratio, 2), shown(row.goal, 2), row.note)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     cli = ArgumentParser(description="Time the hand-written parts beside their peers.")
+    cli.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)} [all]")
+    cli.add_argument("--model", default="", help="measure the mismatch of this checkpoint in place of random models")
     cli.add_argument("--json", help="write the rows to this file")
     args = cli.parse_args()
+    if unknown := set(args.sections) - SECTIONS.keys():
+        cli.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)   # for models this small one thread is fastest, for ours and for the peers
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for bench in (bench_head, bench_sampler) for row in bench(dtype)]
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS}, ± distance of the quartiles\n\n{table(rows)}")
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")
+    print(HEADER)
+    rows = []
+    for name in args.sections or SECTIONS:
+        for dtype in TYPES:
+            found = bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
+            print("\n".join(map(line, found)), flush=True)
+            rows += found
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.linear import linear
+
 PIECE = {"cpu": 2 ** 20, "cuda": 2 ** 27}   # logits, or gradients of logits, that exist at the same time
 LEAST = 256                                 # rows or columns of such a piece at least: thin matrix products are slow
 
@@ -39,14 +41,17 @@ def reference(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: 
 
 def statistics(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """lse_N, the target's logit target_N, and entropy_N, some tokens at a time."""
-    parts, rows, weight_VD = [], max(LEAST, PIECE["cpu"] // len(weight_VD)), weight_VD.float()
-    for begin in range(0, max(len(ids_N), 1), rows):
-        z_NV = hidden_ND[begin:begin + rows].float() @ weight_VD.T / temperature
-        lse_N1 = z_NV.logsumexp(-1, keepdim=True)
-        target_N = z_NV.gather(-1, ids_N[begin:begin + rows, None]).squeeze(-1)
-        logp_NV = z_NV.sub_(lse_N1)
-        parts.append((lse_N1.squeeze(-1), target_N, -(logp_NV.exp() * logp_NV).sum(-1)))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    def piece(hidden_ND: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z_NV = linear(hidden_ND.float() / temperature, weight_VD)
+        target_N = z_NV.gather(-1, ids_N[:, None]).squeeze(-1)
+        max_N1 = z_NV.amax(-1, keepdim=True)
+        below_NV = z_NV.sub_(max_N1)
+        p_NV = below_NV.exp()
+        sum_N = p_NV.sum(-1)
+        return max_N1.squeeze(-1) + sum_N.log(), target_N, sum_N.log() - p_NV.mul_(below_NV).sum(-1) / sum_N
+
+    rows, weight_VD = max(LEAST, PIECE["cpu"] // len(weight_VD)), weight_VD.float()
+    return tuple(torch.cat(part) for part in zip(*map(piece, hidden_ND.split(rows), ids_N.split(rows))))
 
 
 def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: Tensor, upstream_N: Tensor, temperature: float,
@@ -56,7 +61,7 @@ def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: T
     precision of the hidden states.
     """
     scale_N1, C = (upstream_N / temperature)[:, None], len(weight_CD)
-    gradient_NC = (hidden_ND.float() @ weight_CD.float().T / temperature).sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
+    gradient_NC = linear(hidden_ND.float() / temperature, weight_CD.float()).sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
     inside_N = (ids_N >= first) & (ids_N < first + C)
     place_N1 = (ids_N - first).clamp(0, C - 1)[:, None]
     return gradient_NC.scatter_add_(1, place_N1, scale_N1 * inside_N[:, None]).to(hidden_ND.dtype)
@@ -64,9 +69,31 @@ def slice_gradient(hidden_ND: Tensor, weight_CD: Tensor, ids_N: Tensor, lse_N: T
 
 # ---------------------------------------------------------------- forward and backward
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the precision of its factors, with the result in fp32 where the device can give it."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
+def slice_width(N: int, device_type: str) -> int:
+    """Words of the vocabulary whose gradients exist at the same time."""
+    return max(LEAST, PIECE[device_type] // max(1, N))
+
+
+def add_product(sum_ND: Tensor, a_NC: Tensor, b_CD: Tensor) -> None:
+    """sum_ND += a_NC @ b_CD, the sum in fp32; on a GPU without a copy of the product."""
+    if a_NC.is_cuda and a_NC.dtype != torch.float32:
+        torch.addmm(sum_ND, a_NC, b_CD, out_dtype=torch.float32, out=sum_ND)
+    else:
+        sum_ND += linear(a_NC, b_CD.T)
+
+
+def head_bytes(N: int, D: int, V: int, element: int, device_type: str) -> int:
+    """
+    Bytes that both passes over N tokens take at their peak, beyond the inputs, of `element` bytes a number, and the gradients that they
+    return: the fp32 sum for the hidden states, and a slice of the gradients of logits. A CPU widens its factors to fp32, and keeps
+    products; its forward pass needs two pieces of logits, and the output matrix in fp32.
+    """
+    C, rows, narrow = min(V, slice_width(N, device_type)), min(N, max(LEAST, PIECE["cpu"] // V)), element < 4
+    sums = 4 * N * D * narrow
+    if device_type != "cpu":
+        return sums + element * N * C
+    making, using = 4 * (N * C + (N + C * narrow) * D), N * C * (element + 4 * narrow) + element * (N + C) * D
+    return max(4 * (2 * rows * V + rows * D * (1 + narrow) + V * D * narrow), sums + max(making, using))
 
 
 class TokenLogprob(torch.autograd.Function):
@@ -86,12 +113,13 @@ class TokenLogprob(torch.autograd.Function):
     def backward(ctx, upstream_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
         grad_hidden_ND, grad_weight_VD = torch.zeros(hidden_ND.shape, device=hidden_ND.device), torch.zeros_like(weight_VD)
-        columns = max(LEAST, PIECE[hidden_ND.device.type] // max(1, len(ids_N)))
+        columns = slice_width(len(ids_N), hidden_ND.device.type)
         for first in range(0, len(weight_VD) if len(ids_N) else 0, columns):
             weight_CD = weight_VD[first:first + columns]
             gradient_NC = ctx.slice_gradient(hidden_ND, weight_CD, ids_N, lse_N, upstream_N.contiguous(), ctx.temperature, first)
-            grad_hidden_ND += product(gradient_NC, weight_CD)
-            grad_weight_VD[first:first + columns] = product(gradient_NC.T, hidden_ND).to(weight_VD.dtype)
+            add_product(grad_hidden_ND, gradient_NC, weight_CD)
+            grad_weight_VD[first:first + columns] = linear(gradient_NC.T, hidden_ND.T)
+            del gradient_NC   # or the next slice would stand beside this one
         return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None, None, None
 
 

@@ -1,8 +1,9 @@
-"""The log-probability of given tokens, against fp64 and the whole matrix of logits."""
+"""Products, and the log-probability of given tokens, against fp64 and the whole matrix of logits."""
 import json
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels.logprob
 from conftest import measured
-from kernels.logprob import PIECE, TokenLogprob, engine, log_policy, reference, token_logprob
+from kernels import linear as product
+from kernels.logprob import PIECE, TokenLogprob, engine, head_bytes, log_policy, reference, token_logprob
 
 
 def dense(hidden, weight, ids, temperature):
@@ -74,6 +76,51 @@ def test_the_matrix_of_logits_never_exists_as_a_whole(monkeypatch):
         token_logprob(hidden, weight, ids)[0].sum().backward()
     largest = max(event.self_cpu_memory_usage for event in seen.events())
     measured("largest block of memory, as a share of all logits", largest / (50 * 1153 * 4), 0.7)   # the gradient of the weights itself: 32 / 50
+
+
+@pytest.mark.parametrize("N, D, V", [(2048, 256, 4096), (4096, 512, 2048)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_head_takes_the_memory_that_its_formula_says(N, D, V, dtype):
+    hidden, weight, ids = inputs(N, D, V, dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        token_logprob(hidden, weight, ids)[0].sum().backward()
+    taken = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
+    extra = max(accumulate(nbytes for _, nbytes in taken)) - (N + V) * D * weight.element_size()
+    formula = head_bytes(N, D, V, weight.element_size(), "cpu")
+    measured(f"peak of {extra / 2 ** 20:.1f} MiB over the formula's", extra / formula, 1.05)
+    assert extra > 0.6 * formula, "the formula promises what is needed, not much more"
+
+
+def test_the_heads_of_8b_models_take_at_most_600_mib_for_16k_tokens_on_a_gpu():
+    for D, V in ((4096, 128256), (3584, 152064)):
+        measured(f"GiB at width {D}, {V} words", head_bytes(16384, D, V, 2, "cuda") / 2 ** 30, 0.6)
+
+
+# ---------------------------------------------------------------- the product
+
+@pytest.mark.parametrize("shape, M", [((4, 5, 16), 24), ((3, 200, 96), 80), ((700, 33), 129)], ids=["small", "three dimensions", "odd sizes"])
+def test_a_product_and_its_gradients_err_little_more_than_eagers(shape, M):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, upstream = (torch.randn(size, generator=generator) for size in (shape, (M, shape[-1]), (M,), (*shape[:-1], M)))
+    results = []
+    for f, dtype in ((product.linear, torch.float32), (product.reference, torch.float32), (product.reference, torch.float64)):
+        given = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = f(*given)
+        results.append((y, *torch.autograd.grad(y, given, upstream.to(dtype))))
+    for name, ours, eager, exact in zip(("product", "gradient of x", "of the weights", "of the bias"), *results):
+        as_accurate(name, ours, eager, exact, slack=4.0)   # MKL adds in an order that errs less; both are fp32 throughout
+    assert torch.equal(product.linear(x, weight, bias), results[0][0]), "without gradients it is the same product"
+
+
+@pytest.mark.skipif(not product.HAS_ONEDNN, reason="this build of PyTorch has no oneDNN")
+def test_large_fp32_products_on_a_cpu_go_to_onednn_and_small_and_bf16_ones_do_not():
+    def operators(x, weight):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            product.linear(x, weight)
+        return {event.name for event in seen.events()}
+    large, small = torch.ones(256, 128), torch.ones(2, 128)
+    assert "mkldnn::_linear_pointwise" in operators(large, torch.ones(128, 128))
+    assert not any("mkldnn" in name for x, w in ((small, torch.ones(128, 128)), (large.bfloat16(), torch.ones(128, 128).bfloat16())) for name in operators(x, w))
 
 
 def on_gpu_path(hidden, weight, ids, temperature):

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import sample as s
 from conftest import CHATML, byte_tokenizer, measured
 from kernels.logprob import log_policy
-from model import last_logits, open_tokenizer, score
+from model import last_logits, new_model, open_tokenizer, score
 from sample import chat_ids, draw, plain_ids, sample, uniforms
 from selfplay import pack
 
@@ -45,6 +46,36 @@ def test_batches_that_fill_the_cache_change_nothing(tiny, monkeypatch):
     assert [r.ids for r in sample(tiny, prompts, uniform_NT, [3])] == [r.ids for r in whole]
 
 
+@pytest.mark.parametrize("shared", [[], [7, 8, 9] * 8], ids=["apart", "common prefix"])
+def test_prompts_that_wait_take_the_places_of_those_that_stopped_and_draw_what_they_would_alone(shared, tiny, monkeypatch):
+    prompts, uniform_NT, stops = [shared + p for p in ragged_prompts(40)], uniforms(1, 2, range(40), 0, 12), list(range(0, 160, 12))
+    alone = [sample(tiny, [p], u[None], stops)[0] for p, u in zip(prompts, uniform_NT)]
+    passes, forward = [], type(tiny).forward
+    monkeypatch.setattr(type(tiny), "forward", lambda self, ids_BT, *rest, **named: passes.append(ids_BT.shape) or forward(self, ids_BT, *rest, **named))
+    monkeypatch.setattr(s, "CACHE_SLOTS", 8 * (max(map(len, prompts)) + 12))
+    together = sample(tiny, prompts, uniform_NT, stops)
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(together, alone)), 2e-5)
+    steps, drawn = [B for B, T in passes if T == 1 and B > 1], sum(len(r.ids) for r in together)
+    measured("empty places, share of all rows of all steps", 1 - drawn / sum(steps), 0.2)
+
+
+def test_a_prompt_that_occurs_several_times_is_run_once(tiny, monkeypatch):
+    prompts, uniform_NT = ragged_prompts(3) * 4, uniforms(1, 2, range(12), 0, 9)
+    alone = [sample(tiny, [p], u[None], [3])[0].ids for p, u in zip(prompts, uniform_NT)]
+    rows, run = [], s.prefill
+    monkeypatch.setattr(s, "prefill", lambda model, common, some: rows.append(len(some)) or run(model, common, some))
+    assert [r.ids for r in sample(tiny, prompts, uniform_NT, [3])] == alone
+    assert rows == [3] and len({tuple(ids) for ids in alone}) > 3
+
+
+def test_many_prompts_are_run_a_few_at_a_time_and_nothing_changes(tiny, monkeypatch):
+    prompts, uniform_NT = ragged_prompts(16), uniforms(1, 2, range(16), 0, 9)
+    whole = sample(tiny, prompts, uniform_NT, [3])
+    monkeypatch.setattr(s, "PREFILL", 30)
+    assert [r.ids for r in sample(tiny, prompts, uniform_NT, [3])] == [r.ids for r in whole]
+
+
 def test_a_reply_ends_with_its_stop_token_or_at_its_length(tiny):
     stops = list(range(0, tiny.shape.vocab, 6))
     for reply in sample(tiny, ragged_prompts(32), uniforms(0, 0, range(32), 0, 9), stops):
@@ -74,6 +105,34 @@ def test_empirical_frequencies_match_the_policy():
 def test_a_word_without_probability_is_never_drawn():
     logp_BV = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     assert draw(logp_BV, torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 1, 1]
+
+
+def test_a_draw_inverts_the_cumulative_distribution_in_every_block_of_a_large_vocabulary():
+    logp_BV = log_policy(torch.randn(64, 1153, generator=torch.Generator().manual_seed(0)) * 4, 1.0)
+    uniform_B = uniforms(0, 0, [0], 0, 64)[0]
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    assert draw(logp_BV, uniform_B).tolist() == [int((cdf_V <= u * cdf_V[-1]).sum()) for cdf_V, u in zip(cdf_BV, uniform_B)]
+
+
+def test_rare_words_of_a_large_vocabulary_are_not_lost():
+    """Words of probability 1e-9 next to one of nearly 1: each has its own stretch of the uniform number."""
+    logp_BV = torch.full((1, 50_000), -20.7233)
+    logp_BV[0, 100] = 0.0
+    mass = logp_BV[0].double().exp()
+    wanted = torch.tensor([3, 99, 101, 127, 128, 40_000, 49_999])
+    middle_B = (mass.cumsum(0)[wanted] - mass[wanted] / 2) / mass.sum()
+    assert draw(logp_BV.expand(7, -1), middle_B).tolist() == wanted.tolist()
+
+
+def test_in_bf16_sampler_and_trainer_differ_by_rounding_alone(tokenizer):
+    config = LlamaConfig(vocab_size=160, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         tie_word_embeddings=True, initializer_range=0.05)
+    model, prompts = new_model(config, seed=0).bfloat16(), ragged_prompts(48)
+    replies = sample(model, prompts, uniforms(0, 0, range(48), 0, 20), [3, 4, 5])
+    ids_BT, mask_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]])
+    with torch.no_grad():
+        difference = (score(model, ids_BT, mask_BT)[0] - sampled_BT)[mask_BT].abs()
+    measured("bf16, mean over tokens", difference.mean(), 5e-3)
 
 
 def test_chance_depends_on_seed_step_game_and_turn_alone():

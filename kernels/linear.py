@@ -1,0 +1,65 @@
+"""
+The product that a transformer mostly consists of, and its gradients.
+
+    y_NM       = x_ND @ weight_MD.T + bias_M
+    grad_x_ND  = upstream_NM @ weight_MD,   grad_weight_MD = upstream_NM.T @ x_ND,   grad_bias_M = sum_n upstream_NM
+
+On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. MKL does not use all of a processor that
+Intel has not made: on one core of an EPYC with AVX-512 we measured 65 to 100 GFLOP/s of it, and 130 to 220 of oneDNN. Both add in fp32; by
+the order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100). So fp32
+products go to oneDNN here, by the operator that torch.compile uses for them; all others stay where they are.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+SMALLEST = 2 ** 21    # multiplications from which on the better product makes up for the longer way to it
+
+
+# ---------------------------------------------------------------- the formula, in PyTorch
+
+def reference(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """The definition; `x` is [..., D]."""
+    return F.linear(x, weight_MD, bias_M)
+
+
+# ---------------------------------------------------------------- the same by oneDNN
+
+def onednn(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """The same product, without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight_MD, bias_M, "none", [], "")
+
+
+class Linear(torch.autograd.Function):
+    """`linear` with its three gradients, each again one product."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_MD: Tensor, bias_M: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_MD)
+        return onednn(x, weight_MD, bias_M)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight_MD = ctx.saved_tensors
+        upstream_NM, x_ND = upstream.flatten(0, -2), x.flatten(0, -2)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (onednn(upstream, weight_MD.T) if for_x else None, onednn(upstream_NM.T, x_ND.T) if for_weight else None,
+                upstream_NM.sum(0) if for_bias else None)
+
+
+# ---------------------------------------------------------------- what everybody calls
+
+def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias over the last dimension, [..., D] to [..., M]."""
+    if not (HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
+        return reference(x, weight_MD, bias_M)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_MD, bias_M))
+    return Linear.apply(x, weight_MD, bias_M) if needs_gradient else onednn(x, weight_MD, bias_M)
+
+
+def unrounded(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
+    """x @ weight.T in fp32, whatever the precision of the factors: a product of two bf16 numbers is exact in fp32."""
+    if x_ND.is_cuda and x_ND.dtype == weight_MD.dtype != torch.float32:
+        return torch.mm(x_ND, weight_MD.T, out_dtype=torch.float32)
+    return linear(x_ND.float(), weight_MD.float())
