@@ -1,6 +1,7 @@
 """Machines that die, disks that fill up, numbers that explode: nothing that was complete is lost, and what is made again is the same."""
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import train
 from conftest import measured
 from launch import finished, start
 
-SMALL = ["--games", "12", "--warm-steps", "2", "--max-new-tokens", "16", "--no-exam"]
+SMALL = ["--games", "12", "--warm-steps", "40", "--seed", "5", "--max-new-tokens", "24", "--no-exam"]
 
 
 def run(*args, ranks=1, before=None):
@@ -53,9 +54,10 @@ def steps_logged(out, name="metrics.jsonl"):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, warm):
     """An undisturbed run of four steps that saved each of them."""
     folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(warm, folder / "warm")
     succeeds("--steps", "4", "--save-every", "1", "--out", folder / "whole")
     return folder
 
@@ -131,28 +133,26 @@ def test_three_such_updates_in_a_row_end_the_run_in_one_sentence(runs):
 # ---------------------------------------------------------------- a rank that dies
 
 MISCHIEF = """
-import os, sys, time
+import os, sys
 sys.path.insert(0, {root!r})
 import train
+honest = train.whiten
 def dies(*args):
     if os.environ["RANK"] == "1":
-        {act}
-    return []
+        raise ValueError("the dog ate it")
+    return honest(*args)
 train.whiten = dies
 train.main()
 """
 
 
-@pytest.mark.parametrize("act, words", [("raise ValueError('the dog ate it')", "ValueError: the dog ate it"), ("os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL)")],
-                         ids=["error", "kill"])
-def test_a_rank_that_dies_ends_all_within_a_minute_with_its_own_error_on_top(act, words, runs, tmp_path):
-    (tmp_path / "mischief.py").write_text(MISCHIEF.format(root=str(Path(train.__file__).parent), act=act))
+def test_a_rank_that_fails_ends_all_within_a_minute_with_its_own_error_on_top(runs, tmp_path):
+    (tmp_path / "mischief.py").write_text(MISCHIEF.format(root=str(Path(train.__file__).parent)))
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "mischief.py", *SMALL, "--steps", "2",
-                           "--out", runs / f"dead_{act[:2]}"], capture_output=True, text=True, timeout=90)
+                           "--out", runs / "failed"], capture_output=True, text=True, timeout=90)
     measured("seconds until all have ended", time.monotonic() - begun, 60)
-    errors = [line for line in done.stderr.splitlines() if "Error" in line or "Signal" in line]
-    assert done.returncode != 0 and (words in errors[0] or words in done.stderr and "SIGKILL" in words), done.stderr[-3000:]
+    assert done.returncode != 0 and re.search(r"\w*Error: .*", done.stderr)[0] == "ValueError: the dog ate it", done.stderr[-5000:]
 
 
 # ---------------------------------------------------------------- disks
@@ -262,31 +262,27 @@ def test_what_a_resumed_run_may_change_is_said_and_what_it_may_not_is_refused(ru
 # ---------------------------------------------------------------- chaos
 
 def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbed_run(runs):
-    """Half of the kills hit a save; each hits one rank, after which the others cannot go on, or all at once."""
-    args, rng, out, lives = ["--steps", "30", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos", 0
-    begun = time.monotonic()
+    """Half of the kills hit a save; each hits all ranks, or one, and then the others end by themselves."""
+    args, rng, out = ["--steps", "24", "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos"
+    begun, torn = time.monotonic(), 0
     succeeds(*args, "--out", runs / "calm", ranks=2)
     for kill in range(25):
-        before = train.newest_complete(out)
+        before, born = train.newest_complete(out), time.time()
         life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2)
-        if kill % 2:
-            time.sleep(rng.uniform(0.3, 2.0))
-        else:
-            deadline = time.monotonic() + 20
-            while not list(out.glob("partial_*")) and time.monotonic() < deadline and life.ranks[0].is_alive():
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))
+        while kill % 2 and life.ranks[0].is_alive() and not any(folder.stat().st_mtime > born for folder in out.glob("partial_*")):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05) if kill % 2 else rng.uniform(0.5, 2.5))
         for process in life.ranks if rng.random() < 0.5 else [life.ranks[rng.integers(2)]]:
             process.kill()
         for process in life.ranks:
-            process.join(5)
-            process.kill()
-            process.join()
-        lives += 1
+            process.join(30)
+            assert process.exitcode, "it had ended before it was killed, or a rank waits for a dead one"
         after = train.newest_complete(out)
         assert not before or after >= before, "a complete checkpoint was lost"
+        torn += bool(list(out.glob("partial_*")))
         shutil.rmtree(life.printed)
-    print(f"\n    {lives} kills in {time.monotonic() - begun:.0f} s, the last life began at {after}", end="")
+    print(f"\n    25 kills in {time.monotonic() - begun:.0f} s, {torn} of them in a save; the last life begins at {after.name}", end="")
+    assert torn >= 8
     succeeds(*args, "--resume", "--out", out, ranks=2)
     measured("weights after the kills against the calm run's", difference(runs / "calm", out), 0.0)
-    assert steps_logged(out) == list(range(1, 31)) and not list(out.glob("partial_*"))
+    assert steps_logged(out) == list(range(1, 25)) and not list(out.glob("partial_*"))
