@@ -410,43 +410,81 @@ def cache_bytes(shape: Shape) -> int:
     return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
 
 
-def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int) -> dict[str, dict[str, float]]:
+def head_bytes(shape: Shape, tokens: int, device: str) -> int:
+    """What the output matrix takes in a backward pass: logits and their gradients piece by piece, and the products."""
+    pieces = 2 * PIECE["cuda"] if device == "cuda" else 12 * PIECE["cpu"] + 4 * shape.vocab * shape.width   # a CPU casts the matrix
+    return pieces + 8 * tokens * shape.width
+
+
+BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 4),   # for every weight: what stays, and its gradient
+         "split": ({"policy, bf16": 2, "low halves of the master weights": 2, "Adam moments, bf16": 4}, 2)}
+
+
+def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int,
+                device: str = "cuda") -> dict[str, dict[str, float]]:
     """
-    Bytes that one of `world` GPUs holds: always, while games are played and judged, and during an update. The peak is the first with the
-    larger of the others. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
+    Bytes that one of `world` GPUs holds: always, and besides while games are played and judged, while a backward pass is at its deepest, and
+    when its last gradients are split among the ranks. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
     """
     shape, P = shape_of(policy, cfg.model), n_parameters(policy)
     J = n_parameters(judge) if judge else 0
-    always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
-              "judge, bf16, split": 2 * J / world if world > 1 else 0}
+    embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
+    layer, (kept, gradient) = (P - embeddings) / shape.layers, BYTES[cfg.optim]
+    gradients = {f"gradients, {'fp32' if gradient == 4 else 'bf16'}": gradient * P / world}
+    always = {name: size * P / world for name, size in kept.items()} | {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
+                                                                        "judge, bf16, split": 2 * J / world if world > 1 else 0}
     caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
     play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
-    embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
-    update = {"gradients, fp32": 4 * P / world,
-              "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
-              "logit gradients of a slice, bf16, and products, fp32": 2 * PIECE["cuda"] + 8 * cfg.micro_tokens * shape.width,
-              "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
-    return {"always": always, "play": play, "update": update}
+    backward = gradients | {"activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
+                            "logits, piece by piece, and products": head_bytes(shape, cfg.micro_tokens, device),
+                            "two layers and the embeddings gathered, bf16": 2 * (2 * layer + embeddings),
+                            "a layer's gradients, bf16 and fp32": 6 * layer}
+    split = gradients | {"embeddings gathered, bf16, and their gradients, bf16 and fp32": 8 * embeddings}
+    return {"always": always, "play": play, "backward pass": backward, "its end": split}
+
+
+def peak_bytes(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int, device: str = "cuda") -> float:
+    always, *phases = (sum(parts.values()) for parts in memory_plan(cfg, policy, judge, world, device).values())
+    return always + max(phases)
+
+
+def traffic(cfg: Config, P: int, J: int, world: int) -> dict[str, float]:
+    """
+    Bytes that each rank receives in a step, by collective: of what is gathered or scattered, all but its own share. A rank makes one pass
+    for every `micro_tokens` of its share of the tokens; all replies are taken to be as long as they may be, and each prompt a tenth of that.
+    """
+    tokens = 1.1 * 1.5 * cfg.games * cfg.max_new_tokens   # three turns in two games
+    passes, others = math.ceil(tokens / world / cfg.micro_tokens), (world - 1) / world
+    return {"all-gather, policy and judge, to play": 2 * (P + J) * others, "all-gather, reference, to score": 2 * P * passes * others,
+            "all-gather, policy, forward and backward": 4 * P * passes * cfg.updates * others,
+            "reduce-scatter, gradients, fp32": 4 * P * passes * cfg.updates * others}
 
 
 def show_plan(cfg: Config) -> str:
-    """The plan as Markdown, and whether it fits. Of the models only the configs are read."""
+    """The plan as Markdown, whether it fits, what would help, and what goes over the network. Of the models only the configs are read."""
+    from transformers import AutoConfig
     if cfg.model == "toy":
         stop("--plan needs --model: the toy model fits everywhere.")
-    from transformers import AutoConfig
     judge_model = cfg.judge.partition(":")[2]
     try:
         policy, judge = (AutoConfig.from_pretrained(name) if name else None for name in (cfg.model, judge_model))
     except (OSError, ValueError) as error:
         stop(f"--plan: no config to be read ({str(error).splitlines()[0]}); give folders or hub names for --model and --judge.")
-    parts = memory_plan(cfg, policy, judge, cfg.plan)
-    rows = [f"| {phase} | {name} | {size / 2 ** 30:.1f} |" for phase, part in parts.items() for name, size in part.items() if size]
-    peak = sum(parts["always"].values()) + max(sum(parts["play"].values()), sum(parts["update"].values()))
-    least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < size), None)
-    verdict = f"fits GPUs of {least} GB" if least else "fits no GPU: take more of them, a smaller --micro-tokens, or a smaller model"
-    head, foot = [f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |"], [f"| peak | | {peak / 2 ** 30:.1f} |", "", verdict]
-    return "\n".join([*head, *rows, *foot])
+    gib = 2 ** 30
+    rows = [f"| {phase} | {name} | {size / gib:.1f} |" for phase, part in memory_plan(cfg, policy, judge, cfg.plan).items()
+            for name, size in part.items() if size]
+    others = {"--optim split": {"optim": "split"}, "--recompute": {"recompute": True}, "--micro-tokens 4096": {"micro_tokens": 4096},
+              "all three": {"optim": "split", "recompute": True, "micro_tokens": 4096}}
+    peaks = {"peak": peak_bytes(cfg, policy, judge, cfg.plan), f"peak on {2 * cfg.plan} GPUs": peak_bytes(cfg, policy, judge, 2 * cfg.plan)}
+    peaks |= {f"peak with {flag}": peak_bytes(dataclasses.replace(cfg, **change), policy, judge, cfg.plan) for flag, change in others.items()}
+    for name, peak in peaks.items():
+        least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / gib + 3 < size), None)
+        rows.append(f"| {name} | {f'fits GPUs of {least} GB' if least else 'fits no GPU'} | {peak / gib:.1f} |")
+    P, J = n_parameters(policy), n_parameters(judge) if judge else 0
+    sent = [f"| {name} | {size / gib:.0f} |" for name, size in traffic(cfg, P, J, cfg.plan).items()]
+    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows, "",
+                      f"| {cfg.plan} GPUs, a step | GiB to each |", "| --- | --- |", *sent])
 
 
 # ---------------------------------------------------------------- the update

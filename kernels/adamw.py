@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-PIECE = 2 ** 24   # weights that are in fp32 at the same time: 64 MiB for each of a handful of temporaries
+PIECE = 2 ** 21   # weights that are in fp32 at the same time: 8 MiB for each of ten temporaries
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:

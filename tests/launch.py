@@ -1,7 +1,8 @@
 """
 Runs of train.py whose processes start in a tenth of a second: forked from a server that has imported everything, with pipes to files.
 
-    done = finished(start(["--steps", "3"], ranks=2))        -> returncode, stdout, stderr
+    done = finished(start(["--steps", "3"], ranks=2))                       -> returncode, stdout, stderr
+    done = finished(start([], ranks=3, instead=function_of_a_rank))         the same for any function that knows its rank
 """
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ class Done:
     stderr: str
 
 
-def rank(args: list[str], number: int, world: int, port: int, printed: Path, before: Callable | None) -> None:
+def rank(args: list, number: int, world: int, port: int, printed: Path, before: Callable | None, instead: Callable | None) -> None:
     """One process of a run, as torchrun would have started it."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(printed / f"{name}_{number}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -45,7 +46,7 @@ def rank(args: list[str], number: int, world: int, port: int, printed: Path, bef
         before(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     train.torch.set_num_threads(1)
-    train.main([str(arg) for arg in args])
+    instead(number) if instead else train.main([str(arg) for arg in args])
 
 
 def free_port() -> int:
@@ -54,10 +55,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(args: list, ranks: int = 1, before: Callable | None = None) -> Run:
+def start(args: list, ranks: int = 1, before: Callable | None = None, instead: Callable | None = None) -> Run:
     """Start a run; `before` is called with its number in each process first, to prepare some mischief."""
     printed, port = Path(tempfile.mkdtemp(prefix="printed_")), free_port()
-    run = Run([FORKS.Process(target=rank, args=(args, n, ranks, port, printed, before)) for n in range(ranks)], printed)
+    run = Run([FORKS.Process(target=rank, args=(args, n, ranks, port, printed, before, instead)) for n in range(ranks)], printed)
     for process in run.ranks:
         process.start()
     return run
