@@ -440,8 +440,9 @@ def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfi
                             "logits, piece by piece, and products": head_bytes(shape, cfg.micro_tokens, device),
                             "two layers and the embeddings gathered, bf16": 2 * (2 * layer + embeddings),
                             "a layer's gradients, bf16 and fp32": 6 * layer}
-    split = gradients | {"embeddings gathered, bf16, and their gradients, bf16 and fp32": 8 * embeddings}
-    return {"always": always, "play": play, "backward pass": backward, "its end": split}
+    end = gradients | {"embeddings gathered, bf16, and their gradients, bf16 and fp32": 8 * embeddings,
+                       "their part of the sum, fp32 and as it is kept": (4 if gradient == 4 else 6) * embeddings / world}
+    return {"always": always, "play": play, "backward pass": backward, "its end": end}
 
 
 def peak_bytes(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int, device: str = "cuda") -> float:

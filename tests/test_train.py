@@ -1,4 +1,5 @@
 """The update, the launch, checkpoints and bad input. Distributed behaviour is tested with real processes."""
+import ctypes
 import json
 import shutil
 import socket
@@ -355,18 +356,19 @@ def status(key):
 
 def grow(config, cfg, number):
     """Print the resident memory that an update takes at its peak, without what the process takes after an update of a tiny model."""
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)   # what is freed goes back to the system
     ranks, rng = train.setup(cfg), np.random.default_rng(0)
     for size in (LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2), config):
         before = status("VmRSS")
         policy = train.shard(new_model(size, 0).to(train.MASTER[cfg.optim]), ranks)
         reference = train.shard(new_model(size, 1).to(torch.bfloat16), ranks).requires_grad_(False)
         optimizer = train.OPTIMIZERS[cfg.optim](policy.parameters(), lr=1e-6, betas=(0.9, 0.95))
-        turns = [Turn(ATTACKER, [1] * 8, rng.integers(0, 300, size=120).tolist(), [-1.0] * 120, Reply("", "", "x", True)) for _ in range(4)]
+        turns = [Turn(ATTACKER, [1] * 8, rng.integers(0, 300, size=120).tolist(), [-1.0] * 120, Reply("", "", "x", True)) for _ in range(8)]   # two micro-batches
         plays = [Play(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
         for _ in range(2):
             Path("/proc/self/clear_refs").write_text("5")   # forget the peak of building it all
             reference_logprob = train.rescore(reference, plays, cfg, ranks)
-            update(policy, optimizer, plays, reference_logprob, [np.ones(120)] * 4, [], cfg, ranks)
+            update(policy, optimizer, plays, reference_logprob, [np.ones(120)] * 8, [], cfg, ranks)
     print(status("VmHWM") - before)
 
 
