@@ -71,7 +71,7 @@ def replace_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
-def print_of(file: Path) -> list[int]:
+def fingerprint(file: Path) -> list[int]:
     """Size, and a checksum of the first MiB: of all of a small file, and of the header of a large one, whose tears show in its size."""
     with open(file, "rb") as opened:
         return [file.stat().st_size, zlib.crc32(opened.read(2 ** 20))]
@@ -79,8 +79,8 @@ def print_of(file: Path) -> list[int]:
 
 def publish(half: Path, final: Path) -> None:
     """A written folder gets a list of its files, goes to the disk, and only then gets its name."""
-    prints = {str(file.relative_to(half)): print_of(file) for file in sorted(half.rglob("*")) if file.is_file()}
-    (half / MANIFEST).write_text(json.dumps(prints, indent=1))
+    files = [file for file in sorted(half.rglob("*")) if file.is_file() and file.name != MANIFEST]   # a copied start brings its own list
+    (half / MANIFEST).write_text(json.dumps({str(file.relative_to(half)): fingerprint(file) for file in files}, indent=1))
     for path in (*half.rglob("*"), half):
         flush(path)
     shutil.rmtree(final, ignore_errors=True)   # only ever one that a resume passed over
@@ -91,7 +91,7 @@ def publish(half: Path, final: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether every listed file is there as it was written."""
     try:
-        return all(print_of(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
+        return all(fingerprint(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -204,10 +204,11 @@ MAY_BE_0 = ("kl", "sft_coef", "seed", "max_unreadable", "plan")
 
 
 def check_numbers(cfg: Config) -> None:
+    """Counts, sizes and rates are finite and not negative."""
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and f.name in MAY_BE_0):
-            stop(f"--{f.name.replace('_', '-')} {value}: must be {'0 or' if f.name in MAY_BE_0 else 'a number'} greater than 0.")
+            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0{', or 0' * (f.name in MAY_BE_0)}.")
 
 
 def check_config(cfg: Config, world: int) -> None:
@@ -423,16 +424,17 @@ BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 
 def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int,
                 device: str = "cuda") -> dict[str, dict[str, float]]:
     """
-    Bytes that one of `world` GPUs holds: always, and besides while games are played and judged, while a backward pass is at its deepest, and
-    when its last gradients are split among the ranks. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
+    Bytes that one of `world` GPUs holds: always, and besides while games are played and judged, while a backward pass is at its deepest,
+    and when its last gradients are split among the ranks. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
     """
     shape, P = shape_of(policy, cfg.model), n_parameters(policy)
     J = n_parameters(judge) if judge else 0
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
     layer, (kept, gradient) = (P - embeddings) / shape.layers, BYTES[cfg.optim]
     gradients = {f"gradients, {'fp32' if gradient == 4 else 'bf16'}": gradient * P / world}
-    always = {name: size * P / world for name, size in kept.items()} | {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
-                                                                        "judge, bf16, split": 2 * J / world if world > 1 else 0}
+    always = {name: size * P / world for name, size in kept.items()}
+    always |= {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
+               "judge, bf16, split": 2 * J / world if world > 1 else 0}
     caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
     play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
@@ -453,7 +455,7 @@ def peak_bytes(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig
 def traffic(cfg: Config, P: int, J: int, world: int) -> dict[str, float]:
     """
     Bytes that each rank receives in a step, by collective: of what is gathered or scattered, all but its own share. A rank makes one pass
-    for every `micro_tokens` of its share of the tokens; all replies are taken to be as long as they may be, and each prompt a tenth of that.
+    for every `micro_tokens` of its share of the tokens; replies are taken to be as long as they may be, and prompts a tenth of that.
     """
     tokens = 1.1 * 1.5 * cfg.games * cfg.max_new_tokens   # three turns in two games
     passes, others = math.ceil(tokens / world / cfg.micro_tokens), (world - 1) / world
@@ -478,7 +480,8 @@ def show_plan(cfg: Config) -> str:
     others = {"--optim split": {"optim": "split"}, "--recompute": {"recompute": True}, "--micro-tokens 4096": {"micro_tokens": 4096},
               "all three": {"optim": "split", "recompute": True, "micro_tokens": 4096}}
     peaks = {"peak": peak_bytes(cfg, policy, judge, cfg.plan), f"peak on {2 * cfg.plan} GPUs": peak_bytes(cfg, policy, judge, 2 * cfg.plan)}
-    peaks |= {f"peak with {flag}": peak_bytes(dataclasses.replace(cfg, **change), policy, judge, cfg.plan) for flag, change in others.items()}
+    for flag, change in others.items():
+        peaks[f"peak with {flag}"] = peak_bytes(dataclasses.replace(cfg, **change), policy, judge, cfg.plan)
     for name, peak in peaks.items():
         least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / gib + 3 < size), None)
         rows.append(f"| {name} | {f'fits GPUs of {least} GB' if least else 'fits no GPU'} | {peak / gib:.1f} |")
@@ -737,7 +740,7 @@ def warm_started(cfg: Config, setting: Setting, out: Path, folder: Path) -> None
     source = "".join((Path(__file__).parent / name).read_text() for name in ("toy.py", "model.py"))
     key = {"seed": cfg.seed, "steps": cfg.warm_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
     for other in sorted(out.parent.glob("*/step_000000/warm_start.json")):
-        if json.loads(other.read_text()) == key and is_complete(other.parent):
+        if is_complete(other.parent) and json.loads(other.read_text()) == key:
             tqdm.write(f"warm start: the same as in {other.parent.parent}, copied")
             shutil.copytree(other.parent, folder)
             return
@@ -910,8 +913,8 @@ def main(argv: list[str] | None = None) -> None:
         on_main(ranks, lambda: go_back(cfg, newest, out))
     else:
         on_main(ranks, lambda: write_start(cfg, given, setting, out))
+    policy = shard(given or load(str(out / "step_000000"), MASTER[cfg.optim]), ranks)   # first: a CPU holds one model at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
-    policy = shard(given or load(str(out / "step_000000"), MASTER[cfg.optim]), ranks)
     policy.recompute = cfg.recompute
     opponent = reference if cfg.play == "attacker" else policy   # who defends
     optimizer = OPTIMIZERS[cfg.optim](policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
@@ -919,6 +922,7 @@ def main(argv: list[str] | None = None) -> None:
         load_optimizer(newest, policy, optimizer, ranks)
     judge = seated(judge, ranks)
     stops, rate, rewards, skipped = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward], 0
+
     wishes, asked = listen(), []
     for step in range(first, cfg.steps):
         begun = time.time()
@@ -954,7 +958,7 @@ def main(argv: list[str] | None = None) -> None:
                 on_main(ranks, lambda: keep_batch(out, step + 1, n, *batch))
         if skipped >= MOST_SKIPPED:
             stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or a gradient that is not finite, and were skipped. "
-                            f"What they were to learn from is in {out}/skipped_*.jsonl; lower --lr and --resume from an earlier checkpoint.")
+                            f"What they were to learn from is in {out}/skipped_*.jsonl; lower --lr and --resume from a checkpoint.")
 
         # 5. log
         n_sampled = sum(len(t.ids) for g in games for t in (g.attacker, g.defender) if t)

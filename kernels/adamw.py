@@ -4,8 +4,8 @@ AdamW in 10 bytes a weight: bf16 weights, the low halves of an fp32 master copy,
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
     w <- w - lr * (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)
 
-At the step sizes of reinforcement learning an update is a ten-thousandth of a weight, and bf16 moves in steps of a 256th: rounded to bf16 after
-each update, most weights would never move. So w is fp32, exactly, kept in two halves: `high`, the nearest bf16, is the parameter that the
+At the step sizes of reinforcement learning an update is a ten-thousandth of a weight, and bf16 moves in steps of a 256th: rounded to
+bf16 after each update, most weights would never move. So w is fp32, exactly, kept in two halves: `high`, the nearest bf16, is the parameter that the
 model computes with; `low` is the difference of the two bit patterns, a signed 16-bit number. Both together are 4 bytes a weight, as many as
 fp32 takes, and nobody needs another copy for bf16 arithmetic. The moments are rounded to bf16: each update moves them by 5 or 10 % of their
 distance to the gradient, which bf16 can resolve (with b2 = 0.999 it could not). Gradients are bf16 too, FSDP's type for bf16 parameters.

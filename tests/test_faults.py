@@ -216,6 +216,7 @@ DAMAGES = [partial(half_a_file, "model.safetensors"), partial(half_a_file, "toke
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_used(runs):
+    assert all(train.is_complete(folder) for folder in train.checkpoints(runs / "whole"))
     for n, damage in enumerate(DAMAGES):
         out = halfway(runs, f"damaged_{n}", step=3)
         damage(out / "step_000003")

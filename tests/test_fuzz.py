@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import pytest

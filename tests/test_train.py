@@ -312,9 +312,21 @@ def test_a_trained_folder_opens_in_transformers_and_answers(real):
     assert theirs.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
-def test_a_reply_that_the_context_cannot_hold_is_refused(real):
-    done = real_run(real, "long", "--max-new-tokens", "300")
-    assert done.returncode == 2 and "do not fit into the 512 tokens" in done.stderr and not (real / "long").exists()
+@pytest.mark.parametrize("play", ["self", "defender"])
+def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_it_can(play, real, capsys):
+    """Of two turns: the attacker's prompt and its reply, and the defender's, which holds that reply, and its own."""
+    given, setting = load(str(real / "policy")), train.Setting(train.open_tokenizer(str(real / "policy")), train.ENGLISH, cot=False)
+    cfg = Config(play=play, judge="keywords", seeds=[str(real / "harmful.jsonl"), str(real / "benign.jsonl")], max_new_tokens=500)
+    pools = seed_pools(cfg)[0]
+    with pytest.raises(SystemExit):
+        train.check_lengths(cfg, pools, setting, given)
+    most = int(capsys.readouterr().err.split("choose at most ")[1].rstrip(".\n"))
+    train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most), pools, setting, given)
+    with pytest.raises(SystemExit):
+        train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most + 1), pools, setting, given)
+    seeds, attacked = [seed for pool in pools for seed in pool], (512 - len(setting.defender_prompt(""))) // 2
+    raw, rewritten = (512 - max(len(ids) for ids in prompts) for prompts in ([setting.defender_prompt(s.text) for s in seeds], [setting.attacker_prompt(s) for s in seeds]))
+    assert most == (min(attacked, rewritten) if play == "self" else raw)
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=3, vocab_size=64),

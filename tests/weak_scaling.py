@@ -27,12 +27,13 @@ def seconds(ranks: int, folder: Path, games: int = 32, steps: int = 6) -> float:
 
 
 def main() -> None:
+    alone: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         print(f"{os.cpu_count()} cores\n\n| processes | games a step | s a step | of 1 process's speed, each |\n| --- | --- | --- | --- |")
         for ranks in (1, 2, 4):
             took = seconds(ranks, Path(folder))
-            alone = took if ranks == 1 else alone
-            print(f"| {ranks} | {32 * ranks} | {took:.2f} | {alone / took:.0%} |", flush=True)
+            alone.append(took)
+            print(f"| {ranks} | {32 * ranks} | {took:.2f} | {alone[0] / took:.0%} |", flush=True)
 
 
 if __name__ == "__main__":
