@@ -696,6 +696,11 @@ def save_weights(half: Path, policy: Transformer, setting: Setting, ranks: Ranks
     on_main(ranks, lambda: (shutil.rmtree(half, ignore_errors=True), save(half, weights, policy, setting.tokenizer)))
 
 
+def reason(error: BaseException) -> str:
+    """What the first rank that failed says of a checkpoint that could not be written or read."""
+    return str(next(iter(error.failures.values()))[0])
+
+
 def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, setting: Setting, keep: int,
                     ranks: Ranks) -> None:
     """The weights, and in the same folder each rank's part of the optimizer's state as safetensors; published when all is written."""
@@ -714,11 +719,6 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
         publish(half, out / f"step_{step:06d}")
         prune(out, keep)
     on_main(ranks, finish)
-
-
-def reason(error: BaseException) -> str:
-    """What torch says first of why a checkpoint failed."""
-    return str(next(iter(error.failures.values()))[0])
 
 
 def load_optimizer(folder: Path, policy: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
@@ -891,6 +891,7 @@ def show_results(cfg: Config, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Everything that can be refused is refused before the run folder is touched; then the numbered phases of a step, over and over."""
     cfg, sources = parse_config(argv)
     check_numbers(cfg)
     if cfg.plan:
