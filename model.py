@@ -421,8 +421,10 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer
     """Write a Hugging Face folder: these weights (under this file's names; `model` itself may be sharded), configs and tokenizer."""
     from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
-    # weights gathered from several ranks arrive as slices of common buffers; safetensors wants each in memory of its own
-    save_torch_state_dict({their_name(key): tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}, folder)
+    # safetensors wants each tensor in memory of its own: a slice of a common buffer is copied, the rest of a large model is not
+    own = {key: tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+           else tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
+    save_torch_state_dict({their_name(key): tensor.detach() for key, tensor in own.items()}, folder)
     config = model.config
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.dtype = next(iter(weights.values())).dtype

@@ -14,36 +14,102 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
 
-import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
+from kernels.adamw import SplitAdamW
 from kernels.logprob import PIECE
-from model import Shape, Transformer, find, load, open_tokenizer, save, score, shape_of, stop, stop_ids
+from model import Shape, Transformer, load, open_tokenizer, save, score, shape_of, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
                       play, plays_of, record, returns, transcript, whiten)
+
+if TYPE_CHECKING:   # --help should not wait: at run time transformers, the toy, FSDP and its checkpoints are imported where they are used
+    from transformers import PreTrainedConfig
+
+# ---------------------------------------------------------------- a folder that is complete or not there at all
+
+MANIFEST = "complete.json"
+
+
+def flush(path: Path) -> None:
+    """Push a file, or a folder's list of names, through to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The whole old text or the whole new one, whatever happens in between."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    flush(new)
+    new.replace(path)
+    flush(path.parent)
+
+
+def fingerprint(file: Path) -> list[int]:
+    """Size, and a checksum of the first MiB: of all of a small file, and of the header of a large one, whose tears show in its size."""
+    with open(file, "rb") as opened:
+        return [file.stat().st_size, zlib.crc32(opened.read(2 ** 20))]
+
+
+def publish(half: Path, final: Path) -> None:
+    """A written folder gets a list of its files, goes to the disk, and only then gets its name."""
+    files = [file for file in sorted(half.rglob("*")) if file.is_file() and file.name != MANIFEST]   # a copied start brings its own list
+    (half / MANIFEST).write_text(json.dumps({str(file.relative_to(half)): fingerprint(file) for file in files}, indent=1))
+    for path in (*half.rglob("*"), half):
+        flush(path)
+    shutil.rmtree(final, ignore_errors=True)   # only ever one that a resume passed over
+    half.rename(final)
+    replace_text(final.parent / "latest", final.name)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every listed file is there as it was written."""
+    try:
+        return all(fingerprint(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(folder for folder in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", folder.name))
+
+
+def newest_complete(out: Path) -> Path | None:
+    """The checkpoint to go on from. One that was torn or half deleted is passed over."""
+    return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
+
+
+def prune(out: Path, keep: int) -> None:
+    """Delete all checkpoints but the start and the newest; first the name, so that no half of one is taken for a checkpoint."""
+    for old in checkpoints(out)[1:-keep]:
+        shutil.rmtree(old.rename(out / f"partial_{old.name}"), ignore_errors=True)
+
 
 # ---------------------------------------------------------------- configuration
 
@@ -70,27 +136,41 @@ class Config:
     steps: int = opt(200, "paper", "rounds of play and update", toy=120)
     games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4", toy=128, cpu=32)
     updates: int = opt(1, "ours", "optimiser updates a step; the official run makes 6")
+    optim: str = opt("adamw", "paper", "adamw: all in fp32, 16 bytes a weight; split: 10, see kernels/adamw.py", choices=("adamw", "split"))
     lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=2e-4)
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=64)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
-    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", toy=16384, cpu=2048)
+    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", toy=2048, cpu=2048)
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
+    keep: int = opt(5, "ours", "newest checkpoints that stay, besides step_000000; older ones are deleted")
     exam: bool = opt(True, "ours", "end with the held-out exam of the embedded world, before and after, and with the curves")
     out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
-    resume: bool = opt(False, "ours", "continue the run in --out from its newest complete checkpoint")
+    resume: bool = opt(False, "ours", "continue the run in --out, with its settings, from its newest complete checkpoint")
     precision: str = opt("bf16", "paper", "of all arithmetic over fp32 master weights", toy="fp32", cpu="fp32", choices=("bf16", "fp32"))
     recompute: bool = opt(True, "ours", "make activations again in the backward pass: less memory, more arithmetic", toy=False, cpu=False)
-    plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
+    plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold and to send")
 
 
 class Parser(ArgumentParser):
     def error(self, message: str) -> None:
         stop(f"train.py: {message}; python train.py --help lists the flags.")
+
+
+def recorded(out: Path) -> dict[str, object]:
+    """The settings that the run in this folder was last started with."""
+    try:
+        settings = json.loads((out / "config.json").read_text())
+        known = {f.name: f.type for f in fields(Config) if f.name in settings and f.name not in ("out", "resume", "plan")}
+        if all(isinstance(settings[name], {float: (int, float), list[str]: list}.get(kind, kind)) for name, kind in known.items()):
+            return {name: settings[name] for name in known}
+    except (OSError, ValueError, TypeError):
+        pass
+    stop(f"--resume: {out / 'config.json'} cannot be read as a run's settings; put back the file, or begin another run.")
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
@@ -109,18 +189,34 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
         values[f.name] = given.get(f.name, f.metadata[special] if special else f.default)
         sources[f.name] = "command line" if f.name in given else special or f.metadata["source"]
     values["out"] = values["out"] or f"runs/{values['judge'].split(':')[0]}-{values['play']}-{values['seed']}"
+    if values["resume"] and newest_complete(Path(values["out"])):
+        before = recorded(Path(values["out"]))
+        for name in before.keys() - given.keys():
+            values[name], sources[name] = before[name], "the run so far"
+        sources |= {name: f"command line; was {before[name]}" for name in before.keys() & given.keys() if before[name] != given[name]}
+        for name in ("model", "optim"):
+            if values[name] != before.get(name, values[name]):
+                stop(f"--{name} {values[name]}: the run was begun with {before[name]}, and cannot change that; begin another with --out.")
     return Config(**values), sources
+
+
+MAY_BE_0 = ("kl", "sft_coef", "seed", "max_unreadable", "plan")
+
+
+def check_numbers(cfg: Config) -> None:
+    """Counts, sizes and rates are finite and not negative."""
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and f.name in MAY_BE_0):
+            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0{', or 0' * (f.name in MAY_BE_0)}.")
 
 
 def check_config(cfg: Config, world: int) -> None:
     """Refuse what cannot run, before any work and before anything is written."""
-    if cfg.games <= 0 or cfg.games % 4:
+    if cfg.games % 4:
         stop(f"--games {cfg.games}: must be a positive multiple of 4, one for each type of seed.")
     if cfg.games % world:
         stop(f"--games {cfg.games} cannot be divided among {world} ranks; choose a multiple of {world} and of 4.")
-    for name in ("steps", "updates", "max_new_tokens", "micro_tokens", "warm_steps", "save_every", "temperature", "lr"):
-        if not getattr(cfg, name) > 0:
-            stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.judge != "toy":
@@ -130,9 +226,9 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.judge != "toy" and cfg.model == "toy":
         stop(f"--judge {cfg.judge} needs a model that speaks English: add --model FOLDER.")
     out = Path(cfg.out)
-    if cfg.resume and not (out / "latest").is_file():
+    if cfg.resume and not newest_complete(out):
         stop(f"--resume: {out} holds no complete checkpoint; start it without --resume.")
-    begun = out.is_dir() and {p.name for p in out.iterdir()} <= {"config.json", "step_000000"}   # stopped before it had a start
+    begun = out.is_dir() and {p.name for p in out.iterdir()} <= {"config.json", "config.json.new", "partial_000000"}   # and died at once
     if not cfg.resume and out.exists() and not begun:
         stop(f"{out} exists and will not be overwritten; choose another folder with --out, or continue it with --resume.")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
@@ -162,6 +258,7 @@ def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     file that was read. A mode of play is a choice of seeds: without an attacker no seed is marked for revision, and recorded attacks take
     the place of those that would have been.
     """
+    import toy
     files = [read_labelled(path) for path in cfg.seeds]
     labelled = [row for file in files for row in file.rows] or toy.seeds()
     attacks = [read_labelled(path, ATTACK_COLUMNS) for path in [cfg.attacks] if path]
@@ -195,21 +292,22 @@ class Ranks:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # one process saves by itself, and means to
 
 
-def setup(precision: str) -> Ranks:
+def setup(cfg: Config) -> Ranks:
     """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    elif precision == "bf16":   # a group of one: computing in bf16 over fp32 master weights is FSDP's work here too
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    elif cfg.precision == "bf16" or cfg.optim == "split":   # a group of one: computing in another precision is FSDP's work here too
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(int(os.environ.get("RANK", 0)), world, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Ranks(int(os.environ.get("RANK", 0)), world, device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """Move to the device and split every layer's parameters among the processes (FSDP2); they stay in the precision they come in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     model = model.to(ranks.device)
     if dist.is_initialized():
         policy = MixedPrecisionPolicy(param_dtype=ranks.compute, reduce_dtype=torch.float32)
@@ -222,7 +320,7 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold all parameters in full on every rank, so that ranks may decode different numbers of tokens. A no-op on one process."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -259,12 +357,23 @@ def gather_list(mine: list, ranks: Ranks) -> list:
     return [item for part in lists for item in part]
 
 
-def on_main(ranks: Ranks, act: Callable[[], None]) -> None:
-    """Let one rank do it while the others wait."""
+def stop_all(ranks: Ranks, sentence: str) -> NoReturn:
+    """What every rank knows, one says; all end with status 2."""
     if ranks.main:
-        act()
-    if ranks.world > 1:
-        dist.barrier()
+        stop(sentence)
+    raise SystemExit(2)
+
+
+def on_main(ranks: Ranks, write: Callable[[], None]) -> None:
+    """Let one rank write to the disk while the others wait; if the disk will not have it, all stop."""
+    failed = ""
+    if ranks.main:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            failed = str(error)
+    if failed := gather_list([failed], ranks)[0]:
+        stop_all(ranks, f"The run folder cannot be written ({failed}). Complete checkpoints are intact: mend that and go on with --resume.")
 
 
 def log0(ranks: Ranks, text: str = "") -> None:
@@ -280,7 +389,7 @@ def full_norm(parameters: list[nn.Parameter]) -> float:
 
 # ---------------------------------------------------------------- memory
 
-def n_parameters(config: PreTrainedConfig) -> int:
+def n_parameters(config: "PreTrainedConfig") -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config).parameters())
 
@@ -302,28 +411,62 @@ def cache_bytes(shape: Shape) -> int:
     return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
 
 
-def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig | None, world: int) -> dict[str, dict[str, float]]:
+def head_bytes(shape: Shape, tokens: int, device: str) -> int:
+    """What the output matrix takes in a backward pass: logits and their gradients piece by piece, and the products."""
+    pieces = 2 * PIECE["cuda"] if device == "cuda" else 12 * PIECE["cpu"] + 4 * shape.vocab * shape.width   # a CPU casts the matrix
+    return pieces + 8 * tokens * shape.width
+
+
+BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 4),   # for every weight: what stays, and its gradient
+         "split": ({"policy, bf16": 2, "low halves of the master weights": 2, "Adam moments, bf16": 4}, 2)}
+
+
+def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int,
+                device: str = "cuda") -> dict[str, dict[str, float]]:
     """
-    Bytes that one of `world` GPUs holds: always, while games are played and judged, and during an update. The peak is the first with the
-    larger of the others. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
+    Bytes that one of `world` GPUs holds: always, and besides while games are played and judged, while a backward pass is at its deepest,
+    and when its last gradients are split among the ranks. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
     """
     shape, P = shape_of(policy, cfg.model), n_parameters(policy)
     J = n_parameters(judge) if judge else 0
-    always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
-              "judge, bf16, split": 2 * J / world if world > 1 else 0}
+    embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
+    layer, (kept, gradient) = (P - embeddings) / shape.layers, BYTES[cfg.optim]
+    gradients = {f"gradients, {'fp32' if gradient == 4 else 'bf16'}": gradient * P / world}
+    always = {name: size * P / world for name, size in kept.items()}
+    always |= {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
+               "judge, bf16, split": 2 * J / world if world > 1 else 0}
     caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
     play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
-    embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
-    update = {"gradients, fp32": 4 * P / world,
-              "activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
-              "logit gradients of a slice, bf16, and products, fp32": 2 * PIECE["cuda"] + 8 * cfg.micro_tokens * shape.width,
-              "two layers and the embeddings gathered, bf16": 2 * (2 * (P - embeddings) / shape.layers + embeddings)}
-    return {"always": always, "play": play, "update": update}
+    backward = gradients | {"activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
+                            "logits, piece by piece, and products": head_bytes(shape, cfg.micro_tokens, device),
+                            "two layers and the embeddings gathered, bf16": 2 * (2 * layer + embeddings),
+                            "a layer's gradients, bf16 and fp32": 6 * layer}
+    end = gradients | {"embeddings gathered, bf16, and their gradients, bf16 and fp32": 8 * embeddings,
+                       "their part of the sum, fp32 and as it is kept": (4 if gradient == 4 else 6) * embeddings / world}
+    return {"always": always, "play": play, "backward pass": backward, "its end": end}
+
+
+def peak_bytes(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig | None", world: int, device: str = "cuda") -> float:
+    always, *phases = (sum(parts.values()) for parts in memory_plan(cfg, policy, judge, world, device).values())
+    return always + max(phases)
+
+
+def traffic(cfg: Config, P: int, J: int, world: int) -> dict[str, float]:
+    """
+    Bytes that each rank receives in a step, by collective: of what is gathered or scattered, all but its own share. A rank makes one pass
+    for every `micro_tokens` of its share of the tokens; replies are taken to be as long as they may be, and prompts a tenth of that.
+    """
+    tokens = 1.1 * 1.5 * cfg.games * cfg.max_new_tokens   # three turns in two games
+    passes, others = math.ceil(tokens / world / cfg.micro_tokens), (world - 1) / world
+    return {"all-gather, policy and judge, to play": 2 * (P + J) * others, "all-gather, reference, to score": 2 * P * passes * others,
+            "all-gather, policy, forward and backward": 4 * P * passes * cfg.updates * others,
+            "reduce-scatter, gradients, fp32": 4 * P * passes * cfg.updates * others}
 
 
 def show_plan(cfg: Config) -> str:
-    """The plan as Markdown, and whether it fits. Of the models only the configs are read."""
+    """The plan as Markdown, whether it fits, what would help, and what goes over the network. Of the models only the configs are read."""
+    from transformers import AutoConfig
     if cfg.model == "toy":
         stop("--plan needs --model: the toy model fits everywhere.")
     judge_model = cfg.judge.partition(":")[2]
@@ -331,16 +474,28 @@ def show_plan(cfg: Config) -> str:
         policy, judge = (AutoConfig.from_pretrained(name) if name else None for name in (cfg.model, judge_model))
     except (OSError, ValueError) as error:
         stop(f"--plan: no config to be read ({str(error).splitlines()[0]}); give folders or hub names for --model and --judge.")
-    parts = memory_plan(cfg, policy, judge, cfg.plan)
-    rows = [f"| {phase} | {name} | {size / 2 ** 30:.1f} |" for phase, part in parts.items() for name, size in part.items() if size]
-    peak = sum(parts["always"].values()) + max(sum(parts["play"].values()), sum(parts["update"].values()))
-    least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < size), None)
-    verdict = f"fits GPUs of {least} GB" if least else "fits no GPU: take more of them, a smaller --micro-tokens, or a smaller model"
-    head, foot = [f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |"], [f"| peak | | {peak / 2 ** 30:.1f} |", "", verdict]
-    return "\n".join([*head, *rows, *foot])
+    gib = 2 ** 30
+    rows = [f"| {phase} | {name} | {size / gib:.1f} |" for phase, part in memory_plan(cfg, policy, judge, cfg.plan).items()
+            for name, size in part.items() if size]
+    others = {"--optim split": {"optim": "split"}, "--recompute": {"recompute": True}, "--micro-tokens 4096": {"micro_tokens": 4096},
+              "all three": {"optim": "split", "recompute": True, "micro_tokens": 4096}}
+    peaks = {"peak": peak_bytes(cfg, policy, judge, cfg.plan), f"peak on {2 * cfg.plan} GPUs": peak_bytes(cfg, policy, judge, 2 * cfg.plan)}
+    for flag, change in others.items():
+        peaks[f"peak with {flag}"] = peak_bytes(dataclasses.replace(cfg, **change), policy, judge, cfg.plan)
+    for name, peak in peaks.items():
+        least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / gib + 3 < size), None)
+        rows.append(f"| {name} | {f'fits GPUs of {least} GB' if least else 'fits no GPU'} | {peak / gib:.1f} |")
+    P, J = n_parameters(policy), n_parameters(judge) if judge else 0
+    sent = [f"| {name} | {size / gib:.0f} |" for name, size in traffic(cfg, P, J, cfg.plan).items()]
+    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows, "",
+                      f"| {cfg.plan} GPUs, a step | GiB to each |", "| --- | --- |", *sent])
 
 
 # ---------------------------------------------------------------- the update
+
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0, fused=True), "split": SplitAdamW}
+MASTER = {"adamw": torch.float32, "split": torch.bfloat16}   # the type of the parameters
+MOST_SKIPPED = 3                                             # updates in a row that may be skipped before the run stops
 
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int, clip: float) -> Tensor:
     """
@@ -392,8 +547,9 @@ def rescore(model: Transformer, plays: list[Play], cfg: Config, ranks: Ranks) ->
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Play], old: list[np.ndarray], advantage: list[np.ndarray],
            demos: list[tuple], cfg: Config, ranks: Ranks) -> list[dict]:
     """
-    One optimiser update on these plays, and on the supervised pairs `demos` if there are any. Returns, on every rank, sums per micro-batch
-    and role for the log. With one update a step the old policy is the policy itself: old = logprob, detached, and the ratio is exactly 1.
+    One optimiser update on these plays, and on the supervised pairs `demos` if there are any; none if a loss or the gradient is not finite.
+    Returns, on every rank, sums per micro-batch and role for the log. With one update a step the old policy is the policy itself:
+    old = logprob, detached, and the ratio is exactly 1.
     """
     lengths, sums = [len(p.turn.prompt_ids) + len(p.turn.ids) for p in plays], []
     n_tokens = sum(len(p.turn.ids) for p in plays)
@@ -414,9 +570,13 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Pl
                          "mismatch": (logprob_BT - sampled_BT)[mask_BT].abs().sum().item()})
     sums += [{"loss_sft": loss} for loss in supervised(policy, demos, cfg, ranks)]
     sums.append({"grad_norm": full_norm(list(policy.parameters())) / ranks.world})   # the same on every rank, and the log sums over ranks
-    optimizer.step()
+    sums = gather_list(sums, ranks)
+    if all(math.isfinite(value) for part in sums for value in part.values()):   # all ranks see the same, and decide alike
+        optimizer.step()
+    else:
+        sums.append({"skipped": 1.0})
     optimizer.zero_grad()
-    return gather_list(sums, ranks)
+    return sums
 
 
 def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cfg: Config, ranks: Ranks) -> list[float]:
@@ -493,7 +653,7 @@ def credit_metrics(plays: list[Play], advantage: list[np.ndarray], reference: li
 def update_metrics(sums: list[dict], n_tokens: int, updates: int) -> dict[str, float]:
     """A step's updates, averaged over the step and not over its last micro-batch."""
     total = lambda key: sum(s.get(key, 0.0) for s in sums)
-    metrics = {key: total(key) / updates for key in ("loss_attacker", "loss_defender", "grad_norm")}
+    metrics = {key: total(key) / updates for key in ("loss_attacker", "loss_defender", "grad_norm")} | {"skipped": total("skipped")}
     metrics |= {key: total(key) / max(1, n_tokens) for key in ("mismatch", "entropy")}
     metrics["ratio_max"] = max((s.get("ratio_max", 0.0) for s in sums), default=0.0)
     return metrics | ({"loss_sft": total("loss_sft") / updates} if any("loss_sft" in s for s in sums) else {})
@@ -518,40 +678,73 @@ def table_before_after(lines: list[dict]) -> str:
 
 # ---------------------------------------------------------------- checkpoints
 
-def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, setting: Setting, ranks: Ranks) -> None:
-    """A Hugging Face folder and the optimizer's shards under a temporary name; renamed when complete, and only then named in `latest`."""
-    final, partial = out / f"step_{step:06d}", out / f"partial_{step:06d}"
-    weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    on_main(ranks, lambda: (shutil.rmtree(partial, ignore_errors=True), save(partial, weights, policy, setting.tokenizer)))
-    alone = not dist.is_initialized()
-    dcp.save({"optimizer": get_optimizer_state_dict(policy, optimizer)}, checkpoint_id=partial / "optimizer", no_dist=alone)
+def state_by_name(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The very tensors of the optimizer's state. A new optimizer gets its state by an update of nothing, by nothing."""
+    if not optimizer.state:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {f"{key}.{name}": tensor for name, p in policy.named_parameters() for key, tensor in optimizer.state[p].items()}
 
-    def publish() -> None:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        (out / "latest.new").write_text(final.name)
-        (out / "latest.new").replace(out / "latest")
-    on_main(ranks, publish)
+
+def save_weights(half: Path, policy: Transformer, setting: Setting, ranks: Ranks) -> None:
+    """A Hugging Face folder, by the main rank, which gathers one parameter after the other on its CPU; the others keep none."""
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        if ranks.main:
+            weights[name] = full.detach().cpu()
+    on_main(ranks, lambda: (shutil.rmtree(half, ignore_errors=True), save(half, weights, policy, setting.tokenizer)))
+
+
+def reason(error: BaseException) -> str:
+    """What the first rank that failed says of a checkpoint that could not be written or read."""
+    return str(next(iter(error.failures.values()))[0])
+
+
+def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, setting: Setting, keep: int,
+                    ranks: Ranks) -> None:
+    """The weights, and in the same folder each rank's part of the optimizer's state as safetensors; published when all is written."""
+    import torch.distributed.checkpoint as dcp
+    half, failed = out / f"partial_{step:06d}", ""
+    save_weights(half, policy, setting, ranks)
+    try:
+        dcp.save(state_by_name(policy, optimizer), no_dist=not dist.is_initialized(),
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(half / "optimizer"), save_distributed=True))
+    except dcp.CheckpointException as error:
+        failed = reason(error)
+
+    def finish() -> None:
+        if failed:
+            raise OSError(failed)
+        publish(half, out / f"step_{step:06d}")
+        prune(out, keep)
+    on_main(ranks, finish)
 
 
 def load_optimizer(folder: Path, policy: Transformer, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Restore the optimizer's state in place, on any number of ranks."""
-    state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
-    set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+    import torch.distributed.checkpoint as dcp
+    try:
+        dcp.load(state_by_name(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")),
+                 no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        stop_all(ranks, f"{folder}: its optimizer state cannot be read ({reason(error)}); remove the folder to go on from the one before.")
 
 
-def warm_started(cfg: Config, setting: Setting, out: Path) -> None:
+def warm_started(cfg: Config, setting: Setting, out: Path, folder: Path) -> None:
     """
-    Write the toy model's starting point, out/step_000000. It depends on few settings, so a sibling run that has the same one lends it;
+    Write the toy model's starting point into `folder`. It depends on few settings, so a sibling run that has the same one lends it;
     `warm_start.json` inside says what it is.
     """
+    import toy
     source = "".join((Path(__file__).parent / name).read_text() for name in ("toy.py", "model.py"))
     key = {"seed": cfg.seed, "steps": cfg.warm_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
-    folder = out / "step_000000"
-    shutil.rmtree(folder, ignore_errors=True)   # half of one, if the run was stopped here before
     for other in sorted(out.parent.glob("*/step_000000/warm_start.json")):
-        if json.loads(other.read_text()) == key:
+        if is_complete(other.parent) and json.loads(other.read_text()) == key:
             tqdm.write(f"warm start: the same as in {other.parent.parent}, copied")
             shutil.copytree(other.parent, folder)
             return
@@ -564,32 +757,81 @@ def warm_started(cfg: Config, setting: Setting, out: Path) -> None:
 
 def write_start(cfg: Config, given: Transformer | None, setting: Setting, out: Path) -> None:
     """The run folder with what the run begins with: its configuration, and the model of step 0."""
+    half = out / "partial_000000"
+    shutil.rmtree(half, ignore_errors=True)   # half of one, if the run was stopped here before
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
     if given is None:
-        warm_started(cfg, setting, out)
+        warm_started(cfg, setting, out, half)
     else:
-        save(out / "step_000000", given.state_dict(), given, setting.tokenizer)
-    (out / "latest").write_text("step_000000")
+        save(half, given.state_dict(), given, setting.tokenizer)
+    publish(half, out / "step_000000")
+
+
+def go_back(cfg: Config, newest: Path, out: Path) -> None:
+    """Leave the run folder as it was right after this checkpoint: steps that were logged later will be made again."""
+    for torn in out.glob("partial_*"):
+        shutil.rmtree(torn)
+    replace_text(out / "latest", newest.name)
+    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+    for log in (out / "metrics.jsonl", out / "games.jsonl"):
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        replace_text(log, "".join(line for line in lines if step_of(line) <= int(newest.name.removeprefix("step_"))))
+
+
+def step_of(line: str) -> float:
+    """The step that a line of a log is about; of a torn line, one that has not been made."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def write_logs(out: Path, metrics: dict, games: list[Game], step: int) -> None:
     """A line of metrics.jsonl and a line of games.jsonl per game."""
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    with open(out / "games.jsonl", "a") as file:
-        file.writelines(json.dumps(record(game, step), ensure_ascii=False) + "\n" for game in games)
+    finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}   # JSON has no NaN
+    for name, lines in (("metrics.jsonl", [finite]), ("games.jsonl", [record(game, step) for game in games])):
+        with open(out / name, "a") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        flush(out / name)
 
 
-def truncate_logs(out: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps will be made again."""
-    for name in ("metrics.jsonl", "games.jsonl"):
-        lines = [line for line in (out / name).read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        (out / (name + ".new")).write_text("".join(lines))
-        (out / (name + ".new")).replace(out / name)
+def keep_batch(out: Path, step: int, n: int, plays: list[Play], old: list[np.ndarray], advantage: list[np.ndarray]) -> None:
+    """What an update was to learn from that was skipped: a line per turn."""
+    with open(out / f"skipped_{step:06d}_{n}.jsonl", "w") as file:
+        for p, old_T, advantage_T in zip(plays, old, advantage):
+            credit = {"payoff": p.payoff, "shaping": p.shaping, "old": old_T.tolist(), "advantage": advantage_T.tolist()}
+            file.write(json.dumps({"game": p.game, **dataclasses.asdict(p.turn), **credit}) + "\n")
 
 
 # ---------------------------------------------------------------- the run
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def listen() -> list[str]:
+    """
+    The names of the signals that ask the run to stop, as they come. The first is a wish, to be granted after the step. One more than a
+    second later ends the process at once; sooner it is the same wish, for both a terminal and torchrun pass Ctrl-C on. A thread listens:
+    Python's own handlers would have to wait for as long as a collective does.
+    """
+    heard, (ear, mouth) = [], os.pipe()
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth)
+    for number in STOPPING:
+        signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        since = math.inf
+        while True:
+            number = os.read(ear, 1)[0]
+            if time.monotonic() > since + 1:
+                os._exit(128 + number)
+            since = min(since, time.monotonic())
+            heard.append(signal.Signals(number).name)
+    Thread(target=wait, daemon=True).start()
+    return heard
+
 
 def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: int, ranks: Ranks) -> Player:
     """A model in a role, as a function from prompts to replies. Chance is that of (seed, step, game, turn)."""
@@ -599,22 +841,29 @@ def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: i
     return answer
 
 
-def open_setting(cfg: Config, ranks: Ranks) -> tuple[Setting, Judge]:
-    """The language and the judge of the game."""
+def open_setting(cfg: Config, origin: str, ranks: Ranks) -> tuple[Setting, Judge]:
+    """The language of the model that the run goes on from, and the judge of the game."""
+    import toy
+    tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
     if cfg.judge == "toy":
-        return Setting(toy.make_tokenizer() if cfg.model == "toy" else open_tokenizer(cfg.model), toy.PROMPTS, cfg.cot), toy.judge
-    return Setting(open_tokenizer(cfg.model), ENGLISH, cfg.cot), open_judge(cfg.judge, ranks.compute)
+        return Setting(tokenizer, toy.PROMPTS, cfg.cot), toy.judge
+    return Setting(tokenizer, ENGLISH, cfg.cot), open_judge(cfg.judge, ranks.compute)
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], setting: Setting, model: Transformer | None) -> None:
-    """Refuse seeds and replies that the model's context cannot hold."""
+    """Refuse replies that the context cannot hold behind their prompts; the defender's may hold a whole reply of the attacker."""
     if model is None:
         return
-    context, longest = model.config.max_position_embeddings, max((seed for pool in pools for seed in pool), key=lambda seed: len(seed.text))
-    asked = max(len(setting.attacker_prompt(longest)), len(setting.defender_prompt("")) + cfg.max_new_tokens * (cfg.play != "defender"))
-    if asked + cfg.max_new_tokens > context:
-        stop(f"--max-new-tokens {cfg.max_new_tokens}: a prompt of up to {asked} tokens and its reply do not fit into the {context} tokens "
-             f"of {cfg.model}; choose at most {(context - asked) // 2}, or leave out the seed that begins {longest.text[:40]!r}.")
+    context, room = model.config.max_position_embeddings, {}
+    seeds = sorted((seed for pool in pools for seed in pool), key=lambda seed: -len(seed.text.encode("utf-8", "replace")))
+    for seed in [*seeds[:8], *[s for s in seeds if s.revise][:8]]:   # the longest in bytes are nearly the longest in tokens
+        room[seed.text] = context - len(setting.attacker_prompt(seed) if seed.revise else setting.defender_prompt(seed.text))
+    longest, most = min(room.items(), key=lambda item: item[1])
+    if any(seed.revise for seed in seeds):
+        most = min(most, (context - len(setting.defender_prompt(""))) // 2)
+    if cfg.max_new_tokens > most:
+        stop(f"--max-new-tokens {cfg.max_new_tokens}: prompt and reply do not fit into the {context} tokens of {cfg.model}; "
+             + (f"choose at most {most}." if most > 0 else f"leave out the seed that begins {longest[:40]!r}."))
 
 
 def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> None:
@@ -622,9 +871,8 @@ def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> N
     judged = [g for g in games if g.defender.reply.answer]
     unreadable = sum(not g.verdict.readable for g in judged)
     if unreadable > cfg.max_unreadable * len(judged):
-        log0(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts of {cfg.judge} cannot be read, more than --max-unreadable "
-                    f"{cfg.max_unreadable} allows; give a judge of that format. The newest checkpoint is in {cfg.out}.")
-        raise SystemExit(2)
+        stop_all(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts of {cfg.judge} cannot be read, more than --max-unreadable "
+                        f"{cfg.max_unreadable} allows; give a judge of that format. The newest checkpoint is in {cfg.out}.")
 
 
 def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
@@ -646,36 +894,41 @@ def show_results(cfg: Config, out: Path) -> None:
     subprocess.run([sys.executable, here / "eval.py", "plot", out], check=True)
 
 
-def main() -> None:
-    cfg, sources = parse_config()
+def main(argv: list[str] | None = None) -> None:
+    """Everything that can be refused is refused before the run folder is touched; then the numbered phases of a step, over and over."""
+    cfg, sources = parse_config(argv)
+    check_numbers(cfg)
     if cfg.plan:
         print(show_plan(cfg))
         return
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    check_config(cfg, world)
+    check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     (pools, read), demos = seed_pools(cfg), read_sft(cfg.sft, cfg.cot) if cfg.sft else []
-    ranks, out = setup(cfg.precision), Path(cfg.out)
-    setting, judge = open_setting(cfg, ranks)
-    given = load(cfg.model) if cfg.model != "toy" else None   # opened before anything is written: it may be damaged
+    ranks, out = setup(cfg), Path(cfg.out)
+    newest = newest_complete(out) if cfg.resume else None
+    first, origin = int(newest.name.removeprefix("step_")) if newest else 0, str(newest or cfg.model)
+    setting, judge = open_setting(cfg, origin, ranks)
+    given = load(origin, MASTER[cfg.optim]) if origin != "toy" else None   # opened before anything is written: it may be damaged
     check_lengths(cfg, pools, setting, given)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
 
     # 0. the start: a model of its own, or a checkpoint; frozen, it is the reference
-    if not cfg.resume:
+    if newest:
+        for folder in (folder for folder in checkpoints(out) if folder > newest):
+            log0(ranks, f"  {folder} is not complete: passed over, and made again when its step comes")
+        on_main(ranks, lambda: go_back(cfg, newest, out))
+    else:
         on_main(ranks, lambda: write_start(cfg, given, setting, out))
-    given, newest = None, find(str(out))
+    policy = shard(given or load(str(out / "step_000000"), MASTER[cfg.optim]), ranks)   # first: a CPU holds one model at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
-    policy = shard(load(str(newest)), ranks)
     policy.recompute = cfg.recompute
     opponent = reference if cfg.play == "attacker" else policy   # who defends
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    first = int(newest.name.removeprefix("step_"))
+    optimizer = OPTIMIZERS[cfg.optim](policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
     if first:
         load_optimizer(newest, policy, optimizer, ranks)
-        on_main(ranks, lambda: truncate_logs(out, first))
     judge = seated(judge, ranks)
-    stops, rate, rewards = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward]
+    stops, rate, rewards, skipped = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward], 0
 
+    wishes, asked = listen(), []
     for step in range(first, cfg.steps):
         begun = time.time()
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
@@ -700,11 +953,17 @@ def main() -> None:
 
         # 4. update: one optimiser step over all turns, or several over shuffled shares of them
         order, sums = np.random.default_rng((cfg.seed, step)).permutation(len(plays)) if cfg.updates > 1 else np.arange(len(plays)), []
-        for n, part in enumerate(np.array_split(order, cfg.updates)):
+        for n, part in enumerate(np.array_split(order, cfg.updates), step * cfg.updates):
             for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * rate(step * cfg.updates + n)
-            sums += update(policy, optimizer, *([values[i] for i in part] for values in (plays, old, advantage)),
-                           sft_batch(demos, setting, cfg, step * cfg.updates + n), cfg, ranks)
+                group["lr"] = cfg.lr * rate(n)
+            batch = [[values[i] for i in part] for values in (plays, old, advantage)]
+            sums += update(policy, optimizer, *batch, sft_batch(demos, setting, cfg, n), cfg, ranks)
+            skipped = skipped + 1 if "skipped" in sums[-1] else 0
+            if skipped:
+                on_main(ranks, lambda: keep_batch(out, step + 1, n, *batch))
+        if skipped >= MOST_SKIPPED:
+            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or a gradient that is not finite, and were skipped. "
+                            f"What they were to learn from is in {out}/skipped_*.jsonl; lower --lr and --resume from a checkpoint.")
 
         # 5. log
         n_sampled = sum(len(t.ids) for g in games for t in (g.attacker, g.defender) if t)
@@ -721,13 +980,21 @@ def main() -> None:
             log0(ranks, "\n" + "\n\n".join(transcript(g, rewards) for g in shown) + "\n")
 
         # 6. save
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(out, step + 1, policy, optimizer, setting, ranks)
+        asked = gather_list(wishes[:1], ranks)   # one rank may hear of it before the others do
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or asked:
+            save_checkpoint(out, step + 1, policy, optimizer, setting, cfg.keep, ranks)
+        if asked:
+            log0(ranks, f"{asked[0]}: stopped after step {step + 1} of {cfg.steps}; all is saved, and --resume goes on from there.")
+            break
 
-    on_main(ranks, lambda: show_results(cfg, out))
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if ranks.main and not asked:
+        show_results(cfg, out)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # until there is a step to finish, Ctrl-C ends the process at once
     main()

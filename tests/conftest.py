@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import toy
+from launch import finished, start
 from judge import FORMATS, Exchange, JudgeModel, wildguard_template
 from model import new_model, score
 from sample import MARK, plain_ids
@@ -43,6 +44,15 @@ def tiny(tokenizer):
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          tie_word_embeddings=True, initializer_range=0.4, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return new_model(config, seed=0)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A run folder with nothing but the warm start of 40 updates with seed 5; runs beside a copy of it need none of their own."""
+    folder = tmp_path_factory.mktemp("warm")
+    done = finished(start(["--warm-steps", "40", "--seed", "5", "--games", "4", "--steps", "1", "--no-exam", "--out", folder / "run"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
