@@ -398,11 +398,17 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. With `chat` it must have a chat template, because both players speak through it."""
+    """The checkpoint's tokenizer. With `chat` it must have a chat template that can be filled, because both players speak through it."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(find(name))
-    if chat and not tokenizer.chat_template:
-        stop(f"{name}: its tokenizer has no chat template; choose an instruction-tuned model.")
+    message, rendered = "How are you?", ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        if chat and tokenizer.chat_template:
+            rendered = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:   # of a damaged file; the tokenizers library has no narrower class
+        stop(f"{name}: its tokenizer or chat template cannot be read ({' '.join(str(error).split())[:120]}); it is damaged, give another.")
+    if chat and message not in rendered:
+        stop(f"{name}: its tokenizer has no chat template that shows a user's message; choose an instruction-tuned model.")
     return tokenizer
 
 
