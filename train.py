@@ -62,6 +62,7 @@ class Config:
     judge: str = opt("toy", "ours", "toy, keywords, or FORMAT:MODEL with a format in judge.py, such as wildguard:allenai/wildguard")
     seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON, labelled by a column, by harmful=FILE or by name")
     play: str = opt("self", "paper", "attacker: the defender is the frozen start; defender: nobody rewrites", choices=PLAYS)
+    opponent: str = opt("", "ours", "a checkpoint that plays the role that does not learn, frozen; none: as --play says")
     attacks: str = opt("", "ours", "a file of recorded attacks, such as a games.jsonl, asked in place of fresh ones; needs --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", choices=tuple(REWARDS))
     cot: bool = opt(True, "paper", "think in private before writing")
@@ -123,6 +124,8 @@ def check_config(cfg: Config, world: int) -> None:
             stop(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be greater than 0.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
+    if cfg.opponent and (cfg.play == "self" or cfg.attacks):
+        stop("--opponent MODEL plays the role that does not learn, live; add --play attacker or --play defender, and leave out --attacks.")
     if cfg.judge != "toy":
         check_judge(cfg.judge)
     if cfg.judge != "toy" and not cfg.seeds:
@@ -172,7 +175,7 @@ def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
         asked = [text for text, label in recorded if label == harmful] or texts
         if not texts:
             stop(f"--seeds: no {'harmful' if harmful else 'benign'} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
-        pools.append([Seed(text, harmful, revise=cfg.play != "defender") for text in asked])
+        pools.append([Seed(text, harmful, revise=cfg.play != "defender" or bool(cfg.opponent)) for text in asked])
         pools.append([Seed(text, harmful, revise=False) for text in texts])
     return pools, [file.summary for file in files + attacks]
 
@@ -310,9 +313,9 @@ def memory_plan(cfg: Config, policy: PreTrainedConfig, judge: PreTrainedConfig |
     shape, P = shape_of(policy, cfg.model), n_parameters(policy)
     J = n_parameters(judge) if judge else 0
     always = {"policy, fp32 master weights": 4 * P / world, "Adam moments, fp32": 8 * P / world, "reference, bf16": 2 * P / world,
-              "judge, bf16, split": 2 * J / world if world > 1 else 0}
+              "judge, bf16, split": 2 * J / world if world > 1 else 0, "opponent, bf16": 2 * P / world if cfg.opponent else 0}
     caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
-    play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
+    play = {"policy gathered, bf16": 2 * P, "frozen opponent gathered, bf16": 2 * P if cfg.play == "attacker" or cfg.opponent else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
     update = {"gradients, fp32": 4 * P / world,
@@ -653,6 +656,7 @@ def main() -> None:
     ranks, out = setup(cfg.precision), Path(cfg.out)
     setting, judge = open_setting(cfg, ranks)
     given = load(cfg.model) if cfg.model != "toy" else None   # opened before anything is written: it may be damaged
+    opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
     check_lengths(cfg, pools, setting, given)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
 
@@ -663,7 +667,9 @@ def main() -> None:
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy = shard(load(str(newest)), ranks)
     policy.recompute = cfg.recompute
-    opponent = reference if cfg.play == "attacker" else policy   # who defends
+    frozen = shard(opponent, ranks).requires_grad_(False) if opponent else reference
+    attacking = frozen if cfg.play == "defender" and cfg.opponent else policy
+    defending = frozen if cfg.play == "attacker" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     first = int(newest.name.removeprefix("step_"))
     if first:
@@ -680,8 +686,8 @@ def main() -> None:
         mine = [n for n in range(ranks.rank * share, (ranks.rank + 1) * share) if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
-        with gathered(policy), gathered(opponent):
-            attacker, defender = player(policy, ATTACKER, stops, cfg, step, ranks), player(opponent, DEFENDER, stops, cfg, step, ranks)
+        with gathered(attacking), gathered(defending):
+            attacker, defender = player(attacking, ATTACKER, stops, cfg, step, ranks), player(defending, DEFENDER, stops, cfg, step, ranks)
             games = play([seeds[n] for n in mine], mine, setting, attacker, defender, judge)
         games = gather_list(games, ranks)
         check_verdicts(cfg, games, step + 1, ranks)
