@@ -355,8 +355,9 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
     for number, row in read_rows(file):
         name = benchmark_of(file, row.keys() if isinstance(row, dict) else ())
         if name is None or not set(BENCHMARKS[name].texts) & set(columns) & row.keys():
-            stop(f"{file}, line {number}: found the columns {', '.join(map(str, row)) if isinstance(row, dict) else '(none)'}, expected those of "
-                 f"{'; '.join(f'{n} ({chr(44).join(b.columns or b.texts[:3])})' for n, b in BENCHMARKS.items())}; rename the one with the prompt.")
+            known = "; ".join(f"{title} ({', '.join(b.columns or b.texts)})" for title, b in BENCHMARKS.items())
+            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row))}) holds a prompt; expected those of {known}; "
+                 "rename the one that does.")
         column = next((c for c in BENCHMARKS[name].texts if c in columns and row.get(c)), None)
         label = label_of(row, by_file, BENCHMARKS[name])
         if label is None and "prompt_harm_label" in row:

@@ -222,7 +222,7 @@ def test_a_wrong_file_is_told_the_columns_found_and_expected(tmp_path, capsys):
     with pytest.raises(SystemExit):
         read_labelled(str(tmp_path / "x.csv"))
     said = capsys.readouterr().err
-    assert "found the columns question, answer, expected" in said and all(name in said for name in judge.BENCHMARKS) and said.count("\n") == 1
+    assert "none of the columns found (question, answer) holds a prompt; expected" in said and all(name in said for name in judge.BENCHMARKS) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("column, label", [("harmful", True), ("label", True), ("category", None), ("type", None), ("data_type", None)])
