@@ -192,8 +192,7 @@ RECORDED = [   # harmful, refusal, response harmful, readable
 def test_the_rates_of_a_recorded_set_of_transcripts_are_those_counted_by_hand():
     """Of six harmful prompts: 2 refused, 2 answered, 1 of these harmfully, 1 left open, 1 unreadable. Of four benign ones: 2 answered, 1 not, 1 unreadable."""
     lines = [{"harmful": h, "verdict": {"prompt_harmful": h, "refusal": r, "response_harmful": x, "readable": ok}} for h, r, x, ok in RECORDED]
-    pairs = judged(lines)
-    found = rates([v for h, v in pairs if h], [v for h, v in pairs if not h])
+    found = rates(judged(lines))
     assert [(found[key]["value"], found[key]["n"]) for key in ("asr", "asr_not_refused", "refused")] == [(1 / 4, 4), (2 / 4, 4), (2 / 4, 4)]
     assert found["benign_answered"]["value"] == pytest.approx(2 / 3) and found["over_refusal"]["value"] == pytest.approx(1 / 3)
     assert (found["n"], found["unreadable"]) == (10, 2)
@@ -233,7 +232,7 @@ def test_a_prompt_that_the_context_cannot_hold_is_unreadable_and_not_asked(engli
 
 def test_models_stand_side_by_side_with_their_difference_on_the_same_prompts():
     answers = {name: [(True, Verdict(True, not yes, yes)) for yes in said] + [(False, Verdict(False, False, False))] for name, said in (("a", [True] * 10), ("b", [False] * 10))}
-    results = {name: rates([v for h, v in pairs if h], [v for h, v in pairs if not h]) for name, pairs in answers.items()}
+    results = {name: rates(pairs) for name, pairs in answers.items()}
     table = bench_tables("t", eval.ROWS, results, answers)
     assert "| difference to a, pair by pair | b |" in table and "-1.000 [-1.000, -1.000]" in table and "benign answered (up) | 0.000" in table
 
@@ -295,30 +294,42 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_exploit_trains_measures_draws_and_does_not_train_twice(run, monkeypatch, capsys):
-    def exploit(*flags):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "exploit", str(run), *"--steps 1 --seeds 0 --n 8 --from own --side attacker defender --jobs 2 --out".split(),
-                                          str(run.parent / "exploit.json"), *flags])
+def exploit(run, *flags):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", "exploit", str(run), *"--steps 1 --seeds 0 --n 8 --from own --side attacker defender --jobs 2".split(),
+                                    "--out", str(run.parent / "exploit.json"), *flags])
         eval.main()
-    exploit()
-    printed, found = capsys.readouterr().out, json.loads((run.parent / "exploit.json").read_text())["subjects"][0]
-    assert "| held-out requests |" in printed and "at least -2 eps" in printed and (run.parent / "exploit.png").exists()
-    assert [e["side"] for e in found["responses"]] == ["attacker", "defender"] and all(len(e["curve"]) == 1 for e in found["responses"])
+
+
+@pytest.fixture(scope="module")
+def answered(run):
+    """The run's folder, once best responses of one step have been trained against it."""
+    exploit(run)
+    return run
+
+
+def test_exploit_trains_measures_and_draws_and_does_not_train_twice(answered, monkeypatch, capsys):
     monkeypatch.setattr(eval.subprocess, "run", lambda *args, **kw: pytest.fail("trained again"))
-    exploit()
+    exploit(answered)
+    printed, found = capsys.readouterr().out, json.loads((answered.parent / "exploit.json").read_text())["subjects"][0]
+    assert "| held-out requests |" in printed and "at least -2 eps" in printed and (answered.parent / "exploit.png").exists()
+    assert [e["side"] for e in found["responses"]] == ["attacker", "defender"] and all(len(e["curve"]) == 1 for e in found["responses"])
+
+
+def test_a_response_of_another_kind_is_not_taken_for_this_one(answered, capsys):
     with pytest.raises(SystemExit):
-        exploit("--games", "4")
+        exploit(answered, "--games", "4")
     assert "trained with other games" in capsys.readouterr().err
 
 
-def test_the_frozen_side_is_the_checkpoint_that_was_named(run):
+def test_the_frozen_side_is_the_checkpoint_that_was_named(answered):
     """The games of a best-response attacker were defended as the frozen model defends, with the same chance."""
     from eval import open_subject, uniforms
     from sample import sample
     from model import stop_ids
-    folder = next((run.parent / "exploit").glob("*attacker*/games.jsonl")).parent
+    folder = next((answered.parent / "exploit").glob("*attacker*/games.jsonl")).parent
     games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
-    frozen, longest = open_subject(str(run)), 8
+    frozen, longest = open_subject(str(answered)), 8
     prompts = [frozen.setting.defender_prompt(g["attack"] or g["seed"]) for g in games]
     replies = sample(frozen.model, prompts, uniforms(0, 0, [g["game"] for g in games], 1, longest), stop_ids(frozen.model, frozen.setting.tokenizer))
     assert games and [g["defender_reply"] for g in games] == [frozen.setting.read(r).text for r in replies]
