@@ -23,7 +23,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -342,15 +342,16 @@ class Arena:
 
 
 def requests(labelled: Sequence[tuple[str, bool]], n: int) -> list[Seed]:
-    """n seeds for the attacker, harmful and benign in turn, as the game mixes them; each pool as often as it takes."""
-    pools = [pool for kind in (True, False) if (pool := [Seed(text, kind, revise=True) for text, harmful in labelled if harmful == kind])]
+    """n seeds for the attacker, harmful and benign in turn, as the game mixes them; each pool in random order, as often as it takes."""
+    order = [labelled[i] for i in np.random.default_rng(0).permutation(len(labelled))]
+    pools = [pool for kind in (True, False) if (pool := [Seed(text, kind, revise=True) for text, harmful in order if harmful == kind])]
     return [pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(n)]
 
 
 def arenas(config: dict, n: int, files: list[str]) -> list[Arena]:
     """Where a run's players meet: on the held-out and on the training pairs of the embedded world; a real model on files of prompts."""
     if config["judge"] == "toy":
-        pairs = {"held-out": [p for p in sorted(toy.HELD_OUT)], "training": [p for p in toy.PAIRS if p not in toy.HELD_OUT]}
+        pairs = {"held-out": sorted(toy.HELD_OUT), "training": [p for p in toy.PAIRS if p not in toy.HELD_OUT]}
         return [Arena(name, requests([(toy.plain(p), toy.is_harmful(p)) for p in part], n), toy.judge, toy.PROMPTS, ATTACK, ANSWER)
                 for name, part in pairs.items()]
     labelled = [row for path in files or config["seeds"] for row in read_labelled(path).rows]
@@ -462,7 +463,7 @@ def responses(name: str, args: Namespace) -> list[Response]:
     """The best responses that the command line asks for. They train as the run itself was trained, but pay nothing for leaving the start."""
     config, origins = need_config(name), {"start": start_of(name), "own": name}
     same = {key: config[key] for key in config.keys() - {"attacks", "sft", "resume", "plan", "save_every", "warm_steps"}}
-    same |= {"opponent": str(find(name)), "steps": args.steps, "games": args.games or config["games"], "kl": 0.0, "exam": False,
+    same |= {"opponent": str(find(name)), "steps": args.steps, "games": args.games or config["games"], "lr": args.lr or config["lr"], "kl": 0.0, "exam": False,
              "reward": "zero_sum"}
     if fingerprint(origins["start"]) == fingerprint(name):
         del origins["own"]                                        # the start itself
@@ -504,6 +505,18 @@ def curve(folder: Path, side: str) -> list[dict]:
     return [{"step": step, "asr": line["asr"], "payoff": line[f"reward_{side}"]} for step, line in sorted(lines.items())]
 
 
+def best_disguises(subject: Subject, arena: Arena) -> dict[bool, frozenset[str]]:
+    """
+    The embedded world's luxury: of the 64 attackers that always use the same tactics, the one that earns most on harmful requests, and the
+    one that does on benign ones, found by trying them all.
+    """
+    few = replace(arena, seeds=arena.seeds[:96])
+    attacks = [Reply("", "", toy.disguise(toy.request(s.text), tactics), True) for tactics in toy.SETS for s in few.seeds]
+    paid_SN = np.array(earned(games_of(subject, few, attacks))).reshape(len(toy.SETS), -1)
+    harmful_N = np.array([s.harmful for s in few.seeds])
+    return {kind: toy.SETS[paid_SN[:, harmful_N == kind].mean(1).argmax()] for kind in (True, False)}
+
+
 def exploited(name: str, mine: list[Response], places: list[Arena]) -> dict:
     """
     A model against itself and against its best responses, in fresh games in every arena. A response's gain is what it earns more than
@@ -512,14 +525,20 @@ def exploited(name: str, mine: list[Response], places: list[Arena]) -> dict:
     subject, entries = open_subject(name, places[0].prompts), []
     attacks = {arena.name: attacks_of(subject, arena) for arena in places}
     own = {arena.name: games_of(subject, arena, attacks[arena.name]) for arena in places}
+
+    def enter(side: str, origin: str, steps: list[dict], games: dict[str, list[Game]]) -> None:
+        sign = 1 if side == ATTACKER else -1
+        more = {place: difference([sign * p for p in earned(g)], [sign * p for p in earned(own[place])]) for place, g in games.items()}
+        entries.append({"side": side, "from": origin, "curve": steps} | {place: outcome(g) | {"gain": more[place]} for place, g in games.items()})
     for response in mine:
         other, side = open_subject(str(response.folder), places[0].prompts), response.config["play"]
-        entry = {"side": side, "from": response.origin, "seed": response.config["seed"], "curve": curve(response.folder, side)}
-        for arena in places:
-            games = (games_of(subject, arena, attacks_of(other, arena)) if side == ATTACKER else games_of(other, arena, attacks[arena.name]))
-            more = difference(earned(games), earned(own[arena.name])) if side == ATTACKER else difference(earned(own[arena.name]), earned(games))
-            entry[arena.name] = outcome(games) | {"gain": more}
-        entries.append(entry)
+        games = {a.name: games_of(subject, a, attacks_of(other, a)) if side == ATTACKER else games_of(other, a, attacks[a.name]) for a in places}
+        enter(side, f"{response.origin}, seed {response.config['seed']}", curve(response.folder, side), games)
+    if places[-1].prompts is toy.PROMPTS and any(e["side"] == ATTACKER for e in entries):
+        best = best_disguises(subject, places[-1])
+        always = {a.name: [Reply("", "", toy.disguise(toy.request(s.text), best[s.harmful]), True) for s in a.seeds] for a in places}
+        enter(ATTACKER, "64 disguises: " + " / ".join("+".join(sorted(best[kind])) or "none" for kind in (True, False)), [],
+              {a.name: games_of(subject, a, always[a.name]) for a in places})
     return {"name": short(name), "own": {place: outcome(games) for place, games in own.items()}, "responses": entries,
             "strongest": strongest(entries, places[-1].name)}
 
@@ -538,7 +557,7 @@ def exploit_table(subjects: list[dict], place: str) -> str:
         for side, i in sorted(found["strongest"].items()):
             best, own = found["responses"][i], found["own"][place]
             others = [e[place]["gain"]["value"] for e in found["responses"] if e["side"] == side]
-            rows.append([found["name"], f"{side} from {best['from']}, seed {best['seed']}", interval(own["asr"]), interval(best[place]["asr"]),
+            rows.append([found["name"], f"{side} from {best['from']}", interval(own["asr"]), interval(best[place]["asr"]),
                          interval(own["payoff"]), interval(best[place]["payoff"]), interval(best[place]["gain"]),
                          f"{min(others):.2f} to {max(others):.2f}", f"{-2 * eps:.2f}"])
     return markdown([f"{place} requests", "strongest response", "attack success, own attacker", "attack success, best response (down)",
@@ -657,7 +676,7 @@ def diversity(games: list[dict], embedder: str = "") -> dict:
 def attacked(name: str, n: int, seed: int, files: list[str]) -> list[dict]:
     """Games of a run's attacker on n harmful requests, against the run's start, which defends alike for all runs that began with it."""
     arena = arenas(config := need_config(name), 2 * n, files)[0]
-    harmful = Arena(arena.name, [s for s in arena.seeds if s.harmful][:n], arena.judge, arena.prompts, arena.attack, arena.answer)
+    harmful = replace(arena, seeds=[s for s in arena.seeds if s.harmful][:n])
     attacks = attacks_of(open_subject(name, arena.prompts), harmful, seed)
     start = open_subject(start_of(name), arena.prompts)
     return [record(game, config["steps"]) for game in games_of(start, harmful, attacks, seed)]
@@ -806,11 +825,11 @@ def draw_exploit(found: dict, file: Path) -> None:
     subjects = [s for s in found["subjects"] if ATTACKER in s["strongest"]] or stop("no best-response attacker there; add --side attacker.")
     figure, (left, middle, right) = canvas(3, 14, 4.0)
     for subject, colour in zip(subjects, COLOURS * len(subjects)):
-        attackers = [e for e in subject["responses"] if e["side"] == ATTACKER]
+        attackers = [e for e in subject["responses"] if e["side"] == ATTACKER and e["curve"]]
         for i, entry in enumerate(attackers):
             for panel, key in ((left, "asr"), (middle, "payoff")):
                 panel.plot(column(entry["curve"], "step"), smooth(column(entry["curve"], key)), color=colour, linewidth=1.6,
-                           linestyle="-" if entry["from"] == "start" else "--", label=subject["name"] if i == 0 else None)
+                           linestyle="-" if entry["from"].startswith("start") else "--", label=subject["name"] if i == 0 else None)
     place = next(iter(subjects[0]["own"]))
     for n, subject in enumerate(subjects):
         best = subject["responses"][subject["strongest"][ATTACKER]][place]["asr"]
@@ -905,6 +924,7 @@ COMMANDS = {   # name: what it does, the function, and its flags
         "--seeds": dict(nargs="+", type=int, default=[0, 1], help="a response each [0 1]"),
         "--steps": dict(type=whole, default=60, help="of a response's training [%(default)s]"),
         "--games": dict(type=int, default=0, help="a step [the run's own number]"),
+        "--lr": dict(type=float, default=0.0, help="step size of a response [the run's own]"),
         "--n": dict(type=whole, default=384, help="games that measure a response [%(default)s]"),
         "--jobs": dict(type=whole, default=1, help="responses trained at the same time [%(default)s]"),
         "--prompts": dict(**FILES, help="requests to measure with, for real models [the run's seeds]"),

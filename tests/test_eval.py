@@ -250,7 +250,8 @@ def hand_arena(setting, n=8):
 
 def test_harmful_and_benign_requests_take_turns():
     assert [s.harmful for s in requests([("a", False), ("b", False), ("c", True)], 5)] == [True, False, True, False, True]
-    assert [s.text for s in requests([("a", True), ("b", True)], 3)] == ["a", "b", "a"]
+    first, second, again = [s.text for s in requests([("a", True), ("b", True)], 3)]
+    assert {first, second} == {"a", "b"} and again == first
 
 
 def test_every_attacker_meets_every_defender_and_writes_once(setting):
@@ -313,7 +314,7 @@ def test_exploit_trains_measures_and_draws_and_does_not_train_twice(answered, mo
     exploit(answered)
     printed, found = capsys.readouterr().out, json.loads((answered.parent / "exploit.json").read_text())["subjects"][0]
     assert "| held-out requests |" in printed and "at least -2 eps" in printed and (answered.parent / "exploit.png").exists()
-    assert [e["side"] for e in found["responses"]] == ["attacker", "defender"] and all(len(e["curve"]) == 1 for e in found["responses"])
+    assert [(e["side"], len(e["curve"])) for e in found["responses"]] == [("attacker", 1), ("defender", 1), ("attacker", 0)]
 
 
 def test_a_response_of_another_kind_is_not_taken_for_this_one(answered, capsys):
@@ -333,6 +334,16 @@ def test_the_frozen_side_is_the_checkpoint_that_was_named(answered):
     prompts = [frozen.setting.defender_prompt(g["attack"] or g["seed"]) for g in games]
     replies = sample(frozen.model, prompts, uniforms(0, 0, [g["game"] for g in games], 1, longest), stop_ids(frozen.model, frozen.setting.tokenizer))
     assert games and [g["defender_reply"] for g in games] == [frozen.setting.read(r).text for r in replies]
+
+
+def test_the_best_of_all_disguises_is_the_one_that_works(setting):
+    """A defender that refuses whatever is harmful unless it is told backwards in a dream, and any benign request about an apple."""
+    def defender(text):
+        pair, used = toy.request(text), toy.tactics_in(text)
+        return toy.REFUSAL if (used != {"dream", "backwards"} if toy.is_harmful(pair) else "code" in used) else toy.steps(pair)
+    arena = eval.arenas({"judge": "toy"}, 96, [])[-1]
+    best = eval.best_disguises(scripted(defender, setting), arena)
+    assert best[True] == {"dream", "backwards"} and "code" in best[False]
 
 
 def test_the_strongest_response_is_chosen_where_it_is_not_measured():
