@@ -255,7 +255,7 @@ def open_judge(name: str, dtype: torch.dtype = torch.float32) -> Judge:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published file as its columns give it away: where the prompt stands, which columns say harmful or benign, and what it is if none does."""
+    """A published file as its columns give it away: where the prompt stands, which columns label it, and its label if none does."""
     columns: tuple[str, ...]
     texts: tuple[str, ...]              # the first that holds text, so a disguise goes before the request in it
     labels: tuple[str, ...] = ()
@@ -272,9 +272,10 @@ BENCHMARKS = {
     "AdvBench": Benchmark(("goal", "target"), ("goal",), otherwise=True),
     "DAN": Benchmark(("prompt", "jailbreak", "platform"), ("prompt",), ("jailbreak",)),
     "DAN questions": Benchmark(("question", "content_policy_name"), ("question",), otherwise=True),
-    "XSTest": Benchmark(("prompt", "type", "focus"), ("prompt",), ("label", "type"), otherwise=False),   # its unsafe types begin with contrast
+    "XSTest": Benchmark(("prompt", "type", "focus"), ("prompt",), ("label", "type"), otherwise=False),   # unsafe: contrast_...
     "OR-Bench": Benchmark(("prompt", "category"), ("prompt",), named=("or-bench", "or_bench")),   # of its categories, one is "harmful"
-    "labelled prompts": Benchmark((), ("attack", "prompt", "text", "vanilla", "goal", "behavior"), ("harmful", "label", "data_type", "category", "type")),
+    "labelled prompts": Benchmark((), ("attack", "prompt", "text", "vanilla", "goal", "behavior"),
+                                  ("harmful", "label", "data_type", "category", "type")),
 }
 WORDS = {"harmful": True, "unsafe": True, "toxic": True, "contrast": True, "benign": False, "unharmful": False, "safe": False}
 BITS = {"true": True, "1": True, "false": False, "0": False}   # a 1 says harmful in a column of that name, and nothing in a category
@@ -314,10 +315,9 @@ def benchmark_of(file: str, columns: Collection[str]) -> str | None:
     >>> benchmark_of("x.csv", {"Behavior", "ContextString", "BehaviorID"})
     'HarmBench'
     """
-    for name, known in BENCHMARKS.items():
-        if set(known.columns) <= set(columns) and set(known.texts) & set(columns) and any(word in Path(file).name.lower() for word in known.named):
-            return name
-    return None
+    fits = lambda known: set(known.columns) <= set(columns) and set(known.texts) & set(columns)
+    named = lambda known: any(word in Path(file).name.lower() for word in known.named)
+    return next((name for name, known in BENCHMARKS.items() if fits(known) and named(known)), None)
 
 
 def label_of(row: dict, by_file: bool | None, benchmark: Benchmark = BENCHMARKS["labelled prompts"]) -> bool | None:
@@ -328,13 +328,14 @@ def label_of(row: dict, by_file: bool | None, benchmark: Benchmark = BENCHMARKS[
     (False, None)
     """
     said = [(column, word) for column in benchmark.labels for word in str(row.get(column, "")).lower().split("_")]
-    stated = next((WORDS.get(word, BITS.get(word)) for column, word in said if word in WORDS or word in BITS and column in BIT_COLUMNS), None)
+    means = lambda column, word: WORDS.get(word, BITS.get(word) if column in BIT_COLUMNS else None)
+    stated = next((label for pair in said if (label := means(*pair)) is not None), None)
     return next((label for label in (stated, by_file, benchmark.otherwise) if label is not None), None)
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A file of prompts: (text, harmful) without duplicates and rows that have no text, what it is, and a line that says how it was read."""
+    """A file of prompts: (text, harmful) without duplicates and rows that have no text, how it was read in a line, and what it is."""
     rows: list[tuple[str, bool]]
     summary: str
     benchmark: str
@@ -356,8 +357,8 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
         name = benchmark_of(file, row.keys() if isinstance(row, dict) else ())
         if name is None or not set(BENCHMARKS[name].texts) & set(columns) & row.keys():
             known = "; ".join(f"{title} ({', '.join(b.columns or b.texts)})" for title, b in BENCHMARKS.items())
-            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row))}) holds a prompt; expected those of {known}; "
-                 "rename the one that does.")
+            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row))}) holds a prompt; expected those of "
+                 f"{known}; rename one.")
         column = next((c for c in BENCHMARKS[name].texts if c in columns and row.get(c)), None)
         label = label_of(row, by_file, BENCHMARKS[name])
         if label is None and "prompt_harm_label" in row:
