@@ -61,7 +61,7 @@ def test_the_equilibrium_of_known_games(game, row, value):
 
 @pytest.mark.parametrize("shape", [(5, 8), (12, 3), (1, 4), (9, 9)])
 def test_the_equilibrium_of_random_games_is_that_of_scipy(shape):
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    from scipy.optimize import linprog
     payoff_AD = np.random.default_rng(shape).normal(size=shape).round(1)      # ties included
     mixture_A, mixture_D, value = nash(payoff_AD)
     rows, columns = shape                          # maximise v such that payoff.T x >= v
@@ -79,7 +79,7 @@ def attack_texts(n):
 
 
 def test_self_bleu_is_that_of_sacrebleu():
-    sacrebleu = pytest.importorskip("sacrebleu")
+    import sacrebleu
     texts = attack_texts(94) + ["a", "b c", "how do", "zz zz zz zz zz", "the the the the the the", "quite another text , of its own"]
     theirs = [sacrebleu.sentence_bleu(t, texts[:i] + texts[i + 1:], smooth_method="exp", tokenize="none", use_effective_order=True).score / 100 for i, t in enumerate(texts)]
     measured("largest difference of 100 texts", np.abs(np.array(self_bleu(texts)) - theirs).max(), 1e-6)
@@ -260,7 +260,7 @@ def test_every_attacker_meets_every_defender_and_writes_once(setting):
     naive, stern = (lambda text: toy.steps(toy.request(text))), (lambda text: toy.REFUSAL)
     players = [scripted(lambda text, a=a, d=d: a(text) if text.startswith("disguise") else d(text), setting) for a, d in ((attack["plain"], naive), (attack["mute"], stern))]
     Scripted.asked = 0
-    cells = cross(players, hand_arena(setting))
+    cells = cross([lambda player=player: player for player in players], hand_arena(setting))
     assert Scripted.asked == 2 * 8 + 2 * 16
     # plain against naive: +2 on the harmful half, -2 on the benign; against stern -2 and 0; whoever forfeits loses 4
     assert [[cell["payoff"]["value"] for cell in row] for row in cells] == [[0.0, -1.0], [-4.0, -4.0]]
@@ -313,7 +313,7 @@ def test_exploit_trains_measures_and_draws_and_does_not_train_twice(answered, mo
     monkeypatch.setattr(eval.subprocess, "run", lambda *args, **kw: pytest.fail("trained again"))
     exploit(answered)
     printed, found = capsys.readouterr().out, json.loads((answered.parent / "exploit.json").read_text())["subjects"][0]
-    assert "| held-out requests |" in printed and "at least -2 eps" in printed and (answered.parent / "exploit.png").exists()
+    assert "| held-out requests |" in printed and "is at least -2 eps" in printed and (answered.parent / "exploit.png").exists()
     assert [(e["side"], len(e["curve"])) for e in found["responses"]] == [("attacker", 1), ("defender", 1), ("attacker", 0)]
 
 
