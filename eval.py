@@ -446,7 +446,7 @@ def main_crossplay(args: Namespace) -> None:
 
 ASSUMPTIONS = """\
 The bound. What one side earns the other pays, a forfeit included; the defender maximises its payoff; and every prompt has a reply that pays
-it at least 0: a refusal, +2 where the prompt is harmful and 0 where it is not. If neither side can gain more than eps by another policy, the
+it at least 0: a refusal, +2 where the prompt is harmful, 0 where it is not. If neither side can gain more than eps by another policy, the
 defender's mean payoff against EVERY attacker is at least -2 eps: by that safe reply it would have at least 0, so it has at least -eps
 already, and no attacker takes more than another eps. The mean is over seeds: for a seed of probability q alone it is -2 eps / q. eps is the
 larger of both sides' gains, so it takes --side attacker defender; and the responses here are not the best there are: the measured gain is
@@ -728,9 +728,10 @@ def kind_of(config: dict) -> str:
     return " ".join(words + ([f"recorded by {Path(config['attacks']).parent.name.rsplit('-', 1)[0]}"] if config["attacks"] else []))
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation over the seeds of which there is a value."""
+    known = [v for v in values if v is not None]
+    return f"{np.mean(known):.3f} ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else f"{known[0]:.3f}" if known else "-"
 
 
 def tokens_learnt(run: str, config: dict) -> int:
