@@ -336,6 +336,14 @@ def test_the_frozen_side_is_the_checkpoint_that_was_named(answered):
     assert games and [g["defender_reply"] for g in games] == [frozen.setting.read(r).text for r in replies]
 
 
+@pytest.mark.parametrize("how", [{"play": "self"}, {"play": "defender", "attacks": "games.jsonl"}])
+def test_an_opponent_without_a_side_to_play_is_refused(how, capsys):
+    from train import Config, check_config
+    with pytest.raises(SystemExit):
+        check_config(Config(judge="toy", opponent="x", **how), 1)
+    assert "--opponent MODEL plays the role that does not learn" in capsys.readouterr().err
+
+
 def test_the_best_of_all_disguises_is_the_one_that_works(setting):
     """A defender that refuses whatever is harmful unless it is told backwards in a dream, and any benign request about an apple."""
     def defender(text):
