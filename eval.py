@@ -837,29 +837,29 @@ def draw_crossplay(found: dict, file: Path) -> None:
 
 
 def draw_exploit(found: dict, file: Path) -> None:
-    """The training of best-response attackers, and what the strongest reaches beside the model's own attacker."""
-    subjects = [s for s in found["subjects"] if ATTACKER in s["strongest"]] or stop("no best-response attacker there; add --side attacker.")
+    """The training of one side's best responses, attackers if there are any, and what the strongest reaches beside the model itself."""
+    subjects = found["subjects"]
+    side = ATTACKER if ATTACKER in subjects[0]["strongest"] else DEFENDER
     figure, (left, middle, right) = canvas(3, 14, 4.0)
     for subject, colour in zip(subjects, COLOURS * len(subjects)):
-        attackers = [e for e in subject["responses"] if e["side"] == ATTACKER and e["curve"]]
-        for i, entry in enumerate(attackers):
+        for i, entry in enumerate(e for e in subject["responses"] if e["side"] == side and e["curve"]):
             for panel, key in ((left, "asr"), (middle, "payoff")):
                 panel.plot(column(entry["curve"], "step"), smooth(column(entry["curve"], key)), color=colour, linewidth=1.6,
                            linestyle="-" if entry["from"].startswith("start") else "--", label=subject["name"] if i == 0 else None)
     place = next(iter(subjects[0]["own"]))
     for n, subject in enumerate(subjects):
-        best = subject["responses"][subject["strongest"][ATTACKER]][place]["asr"]
+        best = subject["responses"][subject["strongest"][side]][place]["asr"]
         for shift, point, marker, face in ((-0.12, subject["own"][place]["asr"], "o", "white"), (0.12, best, "s", COLOURS[n % 7])):
             ends = [[point["value"] - point["low"]], [point["high"] - point["value"]]]
             right.errorbar(point["value"], n + shift, xerr=ends, marker=marker, markerfacecolor=face, color=COLOURS[n % 7], capsize=3)
-    left.set(title="attack success of fresh attackers\n(flat and low is safe)", xlabel="their training step", ylim=(-0.02, 1.02))
-    middle.set(title="what they earn, forfeits included\n(-2: the defender wins every game)", xlabel="their training step")
-    right.set(title=f"attack success, {place} requests\n(hollow: own attacker, full: best response)", xlabel="left is safer",
-              xlim=(-0.02, 1.02))
+    left.set(title=f"attack success while fresh {side}s train\n(down is safer)", xlabel="their training step", ylim=(-0.02, 1.02))
+    middle.set(title=f"what the {side}s earn\n(where it is flat, there is nothing to gain)", xlabel="their training step")
+    right.set(title=f"attack success, {place} requests\n(hollow: own {side}, full: best response)", xlim=(-0.02, 1.02),
+              xlabel="left is safer")
     right.set_yticks(range(len(subjects)), [s["name"] for s in subjects])
     right.invert_yaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(subjects), fontsize=9,
-                  title="the frozen defender; solid: the attacker begins as the start, dashed: as the model itself", title_fontsize=9)
+                  title="the frozen model; solid: the response begins as its start, dashed: as the model itself", title_fontsize=9)
     figure.savefig(file, dpi=150)
 
 
