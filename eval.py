@@ -899,12 +899,13 @@ def main_plot(args: Namespace) -> None:
         file = Path(args.out or Path(runs[0]) / "curves.png")
         draw_curves(runs, file)
         print(f"\ncurves: {file}")
-    for name in [name for name in args.models if Path(name).is_file()]:
-        found = next((row for _, row in read_rows(name) if isinstance(row, dict)), {})
+    for file in [Path(name) for name in args.models if Path(name).is_file()]:
+        text = file.read_text()
+        found = json.loads(text) if text.startswith('{\n "kind"') else {}
         if found.get("kind") not in DRAWN:
-            stop(f"{name}: not a file that eval.py crossplay, exploit or report wrote; there is nothing to draw.")
-        DRAWN[found["kind"]](found, Path(name).with_suffix(".png"))
-        print(f"\nfigure: {Path(name).with_suffix('.png')}")
+            stop(f"{file}: not a file that eval.py crossplay, exploit or report wrote; there is nothing to draw.")
+        DRAWN[found["kind"]](found, file.with_suffix(".png"))
+        print(f"\nfigure: {file.with_suffix('.png')}")
 
 
 # ---------------------------------------------------------------- the command line

@@ -361,13 +361,22 @@ def test_the_strongest_response_is_chosen_where_it_is_not_measured():
 
 # ---------------------------------------------------------------- figures
 
-def test_every_figure_is_drawn_from_its_file(run, tmp_path):
+def test_every_figure_is_drawn_and_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     point = {"value": 0.5, "low": 0.4, "high": 0.7, "n": 9}
     cell = {"payoff": point, "asr": point, "benign_answered": point, "forfeit": point}
     files = {"crossplay": {"names": ["a", "b"], "cells": [[cell] * 2] * 2, "nash": equilibrium([[cell] * 2] * 2)}, "report": {"rows": {"self": [cell] * 3, "start": [cell]}}}
     for kind, found in files.items():
         eval.save_found(tmp_path / f"{kind}.json", {"kind": kind} | found)
-        assert (tmp_path / f"{kind}.png").stat().st_size > 10_000
+        drawn = (tmp_path / f"{kind}.png").read_bytes()
+        (tmp_path / f"{kind}.png").unlink()
+        monkeypatch.setattr(sys, "argv", ["eval.py", "plot", str(tmp_path / f"{kind}.json")])
+        eval.main()
+        assert len(drawn) > 10_000 and (tmp_path / f"{kind}.png").read_bytes() == drawn
+    (tmp_path / "x.json").write_text('{"kind": "x"}')
+    monkeypatch.setattr(sys, "argv", ["eval.py", "plot", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit):
+        eval.main()
+    assert "nothing to draw" in capsys.readouterr().err
 
 
 def test_curves_are_drawn_even_where_a_run_has_no_attacker(tmp_path):
