@@ -39,7 +39,7 @@ last=${{@: -1}}
 case "$*" in
 *venv*|*pytest*) exit 0 ;;
 *"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} --no-exam ;;
-"eval.py exploit"*) exec {sys.executable} "$@" --steps 1 --games 8 --n 8 --seeds 0 --from start ;;
+"eval.py exploit"*) exec {sys.executable} "$@" --steps 1 --games 8 --n 8 --seeds 0 --from start --side attacker ;;
 "eval.py crossplay"*) exec {sys.executable} "$@" --n 8 ;;
 train.py) exec {sys.executable} "$@" {TRAINING} ;;
 train.py*) exec {sys.executable} "$@" {TRAINING} --no-exam ;;
