@@ -725,7 +725,9 @@ def main_diversity(args: Namespace) -> None:
 def kind_of(config: dict) -> str:
     """What distinguishes runs other than their seed."""
     words = [config["play"]] + ([] if config["reward"] == "zero_sum" else [config["reward"]]) + ([] if config["cot"] else ["no-cot"])
-    return " ".join(words + ([f"recorded by {Path(config['attacks']).parent.name.rsplit('-', 1)[0]}"] if config["attacks"] else []))
+    pool = Path(config["attacks"])
+    by = (pool.parent.name if pool.name == "games.jsonl" else pool.stem).rsplit("-", 1)[0]
+    return " ".join(words + [f"on attacks of {by}"] * bool(config["attacks"]))
 
 
 def spread(values: list[float | None]) -> str:
