@@ -430,7 +430,7 @@ def main_crossplay(args: Namespace) -> None:
         rows = [[name, *(interval(cell[key]) for cell in row)] for name, row in zip(names, cells)]
         print(markdown([f"{title}; {arena.name} requests, n = {args.n}", *names], rows), end="\n\n")
     shown = {"attackers": "weight as attacker", "attacker_gain": "gain", "defenders": "weight as defender", "defender_gain": "gain"}
-    rows = [[name, *(f"{game[key][i]:.3f}" for key in shown)] for i, name in enumerate(names)]
+    rows = [[name, *(f"{round(game[key][i], 3) + 0:.3f}" for key in shown)] for i, name in enumerate(names)]
     print(markdown([f"equilibrium, worth {game['value']:.3f} to the attacker", *shown.values()], rows))
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
