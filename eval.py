@@ -800,6 +800,11 @@ def column(lines: list[dict], key: str) -> list[float]:
     return [math.nan if line.get(key) is None else line[key] for line in lines]
 
 
+def bars(points: list[dict]) -> list[list[float]]:
+    """The lengths of error bars below and above, never negative by a rounding error."""
+    return [[max(0.0, p["value"] - p["low"]) for p in points], [max(0.0, p["high"] - p["value"]) for p in points]]
+
+
 def draw_curves(runs: list[str], file: Path) -> None:
     """Four panels against the step: thin lines are steps, thick ones the mean of five; runs of one kind share a colour."""
     figure, panels = canvas(4, 14, 3.4)
@@ -852,8 +857,8 @@ def draw_exploit(found: dict, file: Path) -> None:
     for n, subject in enumerate(subjects):
         best = subject["responses"][subject["strongest"][side]][place]["asr"]
         for shift, point, marker, face in ((-0.12, subject["own"][place]["asr"], "o", "white"), (0.12, best, "s", COLOURS[n % 7])):
-            ends = [[point["value"] - point["low"]], [point["high"] - point["value"]]]
-            right.errorbar(point["value"], n + shift, xerr=ends, marker=marker, markerfacecolor=face, color=COLOURS[n % 7], capsize=3)
+            right.errorbar(point["value"], n + shift, xerr=bars([point]), marker=marker, markerfacecolor=face, color=COLOURS[n % 7],
+                           capsize=3)
     left.set(title=f"attack success while fresh {side}s train\n(down is safer)", xlabel="their training step", ylim=(-0.02, 1.02))
     middle.set(title=f"what the {side}s earn\n(where it is flat, there is nothing to gain)", xlabel="their training step")
     right.set(title=f"attack success, {place} requests\n(hollow: own {side}, full: best response)", xlim=(-0.02, 1.02),
@@ -870,8 +875,7 @@ def draw_frontier(found: dict, file: Path) -> None:
     figure, (panel,) = canvas(1, 6.5, 4.6)
     for n, (kind, runs) in enumerate(found["rows"].items()):
         x, y = ([run[key] for run in runs] for key in ("asr", "benign_answered"))
-        ends = [[[p["value"] - p["low"] for p in axis], [p["high"] - p["value"] for p in axis]] for axis in (x, y)]
-        panel.errorbar([p["value"] for p in x], [p["value"] for p in y], xerr=ends[0], yerr=ends[1], label=kind, color=COLOURS[n % 7],
+        panel.errorbar([p["value"] for p in x], [p["value"] for p in y], xerr=bars(x), yerr=bars(y), label=kind, color=COLOURS[n % 7],
                        marker=MARKERS[n % 7], linestyle="none", capsize=2, alpha=0.8)
     lowest = min(run["benign_answered"]["low"] for runs in found["rows"].values() for run in runs)
     panel.set(xlabel="attack success on held-out requests (left is safer)", ylabel="benign requests answered (up is more useful)",
