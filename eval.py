@@ -56,7 +56,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959963984540054, hits / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+    return max(0.0, min(p, (centre - spread) / (1 + z * z / n))), min(1.0, max(p, (centre + spread) / (1 + z * z / n)))
 
 
 def rate(hits: Sequence[bool]) -> dict:
