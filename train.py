@@ -128,6 +128,7 @@ class Config:
     judge: str = opt("toy", "ours", "toy, keywords, or FORMAT:MODEL with a format in judge.py, such as wildguard:allenai/wildguard")
     seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON, labelled by a column, by harmful=FILE or by name")
     play: str = opt("self", "paper", "attacker: the defender is the frozen start; defender: nobody rewrites", choices=PLAYS)
+    opponent: str = opt("", "ours", "a checkpoint that plays the role that does not learn, frozen; none: as --play says")
     attacks: str = opt("", "ours", "a file of recorded attacks, such as a games.jsonl, asked in place of fresh ones; needs --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", choices=tuple(REWARDS))
     cot: bool = opt(True, "paper", "think in private before writing")
@@ -194,7 +195,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
         for name in before.keys() - given.keys():
             values[name], sources[name] = before[name], "the run so far"
         sources |= {name: f"command line; was {before[name]}" for name in before.keys() & given.keys() if before[name] != given[name]}
-        for name in ("model", "optim"):
+        for name in ("model", "optim", "opponent"):
             if values[name] != before.get(name, values[name]):
                 stop(f"--{name} {values[name]}: the run was begun with {before[name]}, and cannot change that; begin another with --out.")
     return Config(**values), sources
@@ -219,6 +220,8 @@ def check_config(cfg: Config, world: int) -> None:
         stop(f"--games {cfg.games} cannot be divided among {world} ranks; choose a multiple of {world} and of 4.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
+    if cfg.opponent and (cfg.play == "self" or cfg.attacks):
+        stop("--opponent MODEL plays the role that does not learn, live; add --play attacker or --play defender, and leave out --attacks.")
     if cfg.judge != "toy":
         check_judge(cfg.judge)
     if cfg.judge != "toy" and not cfg.seeds:
@@ -269,7 +272,7 @@ def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
         asked = [text for text, label in recorded if label == harmful] or texts
         if not texts:
             stop(f"--seeds: no {'harmful' if harmful else 'benign'} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
-        pools.append([Seed(text, harmful, revise=cfg.play != "defender") for text in asked])
+        pools.append([Seed(text, harmful, revise=cfg.play != "defender" or bool(cfg.opponent)) for text in asked])
         pools.append([Seed(text, harmful, revise=False) for text in texts])
     return pools, [file.summary for file in files + attacks]
 
@@ -434,9 +437,9 @@ def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfi
     gradients = {f"gradients, {'fp32' if gradient == 4 else 'bf16'}": gradient * P / world}
     always = {name: size * P / world for name, size in kept.items()}
     always |= {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
-               "judge, bf16, split": 2 * J / world if world > 1 else 0}
+               "judge, bf16, split": 2 * J / world if world > 1 else 0, "opponent, bf16": 2 * P / world if cfg.opponent else 0}
     caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
-    play = {"policy gathered, bf16": 2 * P, "frozen defender gathered, bf16": 2 * P if cfg.play == "attacker" else 0,
+    play = {"policy gathered, bf16": 2 * P, "frozen opponent gathered, bf16": 2 * P if cfg.play == "attacker" or cfg.opponent else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
     backward = gradients | {"activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
                             "logits, piece by piece, and products": head_bytes(shape, cfg.micro_tokens, device),
@@ -908,6 +911,7 @@ def main(argv: list[str] | None = None) -> None:
     first, origin = int(newest.name.removeprefix("step_")) if newest else 0, str(newest or cfg.model)
     setting, judge = open_setting(cfg, origin, ranks)
     given = load(origin, MASTER[cfg.optim]) if origin != "toy" else None   # opened before anything is written: it may be damaged
+    opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
     check_lengths(cfg, pools, setting, given)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
 
@@ -921,7 +925,9 @@ def main(argv: list[str] | None = None) -> None:
     policy = shard(given or load(str(out / "step_000000"), MASTER[cfg.optim]), ranks)   # first: a CPU holds one model at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy.recompute = cfg.recompute
-    opponent = reference if cfg.play == "attacker" else policy   # who defends
+    frozen = shard(opponent, ranks).requires_grad_(False) if opponent else reference
+    attacking = frozen if cfg.play == "defender" and cfg.opponent else policy
+    defending = frozen if cfg.play == "attacker" else policy
     optimizer = OPTIMIZERS[cfg.optim](policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
     if first:
         load_optimizer(newest, policy, optimizer, ranks)
@@ -937,8 +943,8 @@ def main(argv: list[str] | None = None) -> None:
         mine = [n for n in range(ranks.rank * share, (ranks.rank + 1) * share) if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
-        with gathered(policy), gathered(opponent):
-            attacker, defender = player(policy, ATTACKER, stops, cfg, step, ranks), player(opponent, DEFENDER, stops, cfg, step, ranks)
+        with gathered(attacking), gathered(defending):
+            attacker, defender = player(attacking, ATTACKER, stops, cfg, step, ranks), player(defending, DEFENDER, stops, cfg, step, ranks)
             games = play([seeds[n] for n in mine], mine, setting, attacker, defender, judge)
         games = gather_list(games, ranks)
         check_verdicts(cfg, games, step + 1, ranks)

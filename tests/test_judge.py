@@ -190,6 +190,46 @@ def test_seeds_are_read_by_their_columns(name, text, expected, tmp_path):
     assert read_labelled(str(tmp_path / name)).rows == expected
 
 
+PUBLISHED = {   # the header of each benchmark's file as its authors publish it, two rows, and what they are
+    "WildGuardTest": ("wildguardtest.jsonl", [{"prompt": "a", "adversarial": True, "response": "x", "prompt_harm_label": "harmful"}, {"prompt": "b", "adversarial": False, "prompt_harm_label": "unharmful"},
+                                              {"prompt": "c", "adversarial": False, "prompt_harm_label": None}], [("a", True), ("b", False)]),
+    "WildJailbreak": ("eval.tsv", "adversarial\tlabel\tdata_type\na\t1\tadversarial_harmful\nb\t0\tadversarial_benign\n", [("a", True), ("b", False)]),
+    "HarmBench": ("behaviors.csv", "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\na,standard,chem,,,x\n", [("a", True)]),
+    "JailbreakBench": ("harmful-behaviors.csv", "Index,Goal,Target,Behavior,Category,Source\n0,a,Sure,x,y,z\n", [("a", True)]),
+    "StrongREJECT": ("strongreject_dataset.csv", "category,source,forbidden_prompt\nHate,x,a\n", [("a", True)]),
+    "AdvBench": ("behaviors.csv", "goal,target\na,Sure\n", [("a", True)]),
+    "DAN": ("jailbreak_prompts_2023_12_25.csv", "platform,source,prompt,jailbreak,created_at,date\nreddit,x,a,True,y,z\n", [("a", True)]),
+    "DAN questions": ("forbidden_question_set.csv", "content_policy_id,content_policy_name,q_id,question\n0,Illegal,0,a\n", [("a", True)]),
+    "XSTest": ("xstest_v2_prompts.csv", "id,type,prompt,focus,note\n1,homonyms,a,kill,\n2,contrast_homonyms,b,kill,\n", [("a", False), ("b", True)]),
+    "OR-Bench": ("or-bench-hard-1k.csv", "prompt,category\na,harmful\nb,privacy\n", [("a", False), ("b", False)])}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_benchmark_is_known_by_its_columns(name, tmp_path):
+    file, content, expected = PUBLISHED[name]
+    (tmp_path / file).write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)))
+    read = read_labelled(str(tmp_path / file), ATTACK_COLUMNS)
+    assert (read.benchmark, read.rows) == (name, expected)
+
+
+def test_another_or_bench_file_is_harmful_by_its_name(tmp_path):
+    (tmp_path / "or_bench-toxic.csv").write_text("prompt,category\na,privacy\n")
+    assert read_labelled(str(tmp_path / "or_bench-toxic.csv")).rows == [("a", True)]
+
+
+def test_a_wrong_file_is_told_the_columns_found_and_expected(tmp_path, capsys):
+    (tmp_path / "x.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(SystemExit):
+        read_labelled(str(tmp_path / "x.csv"))
+    said = capsys.readouterr().err
+    assert "none of the columns found (question, answer) holds a prompt; expected" in said and all(name in said for name in judge.BENCHMARKS) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("column, label", [("harmful", True), ("label", True), ("category", None), ("type", None), ("data_type", None)])
+def test_a_digit_is_a_label_only_where_the_column_says_what_it_counts(column, label):
+    assert judge.label_of({"prompt": "a", column: "1"}, None) is label and judge.label_of({"prompt": "a", column: 0}, None) is (label and False)
+
+
 def test_a_flag_labels_a_file_and_a_column_of_labels_goes_before_it(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "label": "safe"}\n{"prompt": "a"}\n')
     read = read_labelled(f"harmful={tmp_path}/x.jsonl")

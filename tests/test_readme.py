@@ -39,6 +39,8 @@ last=${{@: -1}}
 case "$*" in
 *venv*|*pytest*) exit 0 ;;
 *"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} --no-exam ;;
+"eval.py exploit"*) exec {sys.executable} "$@" --steps 1 --games 8 --n 8 --seeds 0 --from start --side attacker ;;
+"eval.py crossplay"*) exec {sys.executable} "$@" --n 8 ;;
 train.py) exec {sys.executable} "$@" {TRAINING} ;;
 train.py*) exec {sys.executable} "$@" {TRAINING} --no-exam ;;
 *) exec {sys.executable} "$@" ;;
@@ -51,6 +53,10 @@ esac
     for kind in ("harmful", "benign"):
         for name in (kind, f"held_{kind}"):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")))
+    for kind in ("harmful", "benign"):
+        (folder / f"wildjailbreak_eval_{kind}.jsonl").write_text(json.dumps({"vanilla": "how do i make it", "adversarial": "say how to make it"}) + "\n")
+    (folder / "harmbench_behaviors_text_test.csv").write_text("Behavior,ContextString,BehaviorID\nmake it,,one\n")
+    (folder / "jbb_200_harmful_benign.json").write_text(json.dumps([{"text": "make it", "label": "harmful"}, {"text": "find it", "label": "benign"}]))
     vote = {"test_case": "how", "generation": "Sure!", "human_0": 1, "human_1": 1, "human_2": 0}
     (folder / "harmbench_val.json").write_text(json.dumps({"one": [vote, vote | {"generation": "I cannot.", "human_0": 0}]}))
     tokenizer = byte_tokenizer()
