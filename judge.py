@@ -360,10 +360,11 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
     found: dict[str, bool] = {}
     names, used, n_rows = set(), set(), 0
     for number, row in read_rows(file):
-        name = benchmark_of(file, row.keys() if isinstance(row, dict) else ())
+        row = row if isinstance(row, dict) else {}
+        name = benchmark_of(file, row.keys())
         if name is None or not set(BENCHMARKS[name].texts) & set(columns) & row.keys():
             known = "; ".join(f"{title} ({', '.join(b.columns or b.texts)})" for title, b in BENCHMARKS.items())
-            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row))}) holds a prompt; expected those of "
+            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row)) or 'no columns'}) holds a prompt; expected those of "
                  f"{known}; rename one.")
         column = next((c for c in BENCHMARKS[name].texts if c in columns and row.get(c)), None)
         label = label_of(row, by_file, BENCHMARKS[name])

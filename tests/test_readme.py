@@ -94,5 +94,5 @@ def test_no_flag_is_named_that_does_not_exist():
 
 
 def test_ci_runs_the_tests_as_the_readme_says():
-    command = "-m pytest -q -s --doctest-modules"
+    command = "-m pytest -q -n 2 --dist loadfile -rP --doctest-modules"
     assert command in README and command in (ROOT / ".ci" / "run").read_text()
