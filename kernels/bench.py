@@ -33,7 +33,7 @@ HEADS = {"cpu": [(2048, 256, 4096)],                                            
          "cuda": [(16384, 4096, 128256), (16384, 3584, 152064), (16384, 896, 151936)]}[DEVICE.type]
 TINY = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, intermediate_size=512, **TINY, initializer_range=0.1),
-                  "5M": LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=1024, **TINY, initializer_range=0.06),
+                  "6M": LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=1024, **TINY, initializer_range=0.06),
                   "SmolLM2-sized": LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                                num_attention_heads=9, num_key_value_heads=3, initializer_range=0.04)},
           "cuda": {"Qwen2.5-0.5B": Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
