@@ -1,4 +1,5 @@
 """What the tests share: one tiny random model that speaks the toy language, and a ruler that prints what it measures."""
+import json
 import os
 from itertools import product
 from pathlib import Path
@@ -102,3 +103,14 @@ def stand_in():
         optimizer.step()
         optimizer.zero_grad()
     return asked
+
+
+def tiny_sentence_model(folder, words):
+    """A random BERT with the files of a Sentence-BERT model; the folder's name."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words))]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    return str(folder)

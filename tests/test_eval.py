@@ -11,7 +11,7 @@ import torch
 
 import eval
 import toy
-from conftest import measured
+from conftest import measured, tiny_sentence_model
 from eval import (ENGLISH, Arena, Subject, average, bench, bench_prompts, bench_tables, bootstrap, by_benchmark, cross, difference, distinct, diversity, embed, entropy, equilibrium, games_of, judged,
                   nash, outcome, rate, rates, requests, self_bleu, sentence_bleu, unlikeness, wilson)
 from judge import Labelled, Verdict, keywords
@@ -114,13 +114,7 @@ def sentence_model(tmp_path_factory):
     real = Path.home() / ".cache" / "self-redteam" / "all-MiniLM-L6-v2"
     if real.exists():
         return str(real)
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-    folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for t in attack_texts(200) for w in t.split()})]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    BertModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
-    return str(folder)
+    return tiny_sentence_model(tmp_path_factory.mktemp("bert"), " ".join(attack_texts(200)).split())
 
 
 def test_sentence_embeddings_are_the_masked_mean_of_the_last_layer(sentence_model):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_sentence_model
 from model import new_model, save
 from train import Config
 
@@ -65,6 +65,7 @@ esac
     for name in HUB_NAMES:   # a folder of that name goes before the hub
         model = new_model(Qwen2Config(**size) if "Qwen" in name else LlamaConfig(**size), seed=0)
         save(folder / name, model.state_dict(), model, tokenizer)
+    tiny_sentence_model(folder / "path" / "to" / "all-MiniLM-L6-v2", ["how", "do", "i", "the"])
     return folder
 
 
