@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
 from kernels.adamw import SplitAdamW
-from kernels.logprob import PIECE
+from kernels.logprob import head_bytes
 from model import Shape, Transformer, load, open_tokenizer, save, score, shape_of, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
@@ -414,12 +414,6 @@ def cache_bytes(shape: Shape) -> int:
     return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
 
 
-def head_bytes(shape: Shape, tokens: int, device: str) -> int:
-    """What the output matrix takes in a backward pass: logits and their gradients piece by piece, and the products."""
-    pieces = 2 * PIECE["cuda"] if device == "cuda" else 12 * PIECE["cpu"] + 4 * shape.vocab * shape.width   # a CPU casts the matrix
-    return pieces + 8 * tokens * shape.width
-
-
 BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 4),   # for every weight: what stays, and its gradient
          "split": ({"policy, bf16": 2, "low halves of the master weights": 2, "Adam moments, bf16": 4}, 2)}
 
@@ -442,7 +436,7 @@ def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfi
     play = {"policy gathered, bf16": 2 * P, "frozen opponent gathered, bf16": 2 * P if cfg.play == "attacker" or cfg.opponent else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
     backward = gradients | {"activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
-                            "logits, piece by piece, and products": head_bytes(shape, cfg.micro_tokens, device),
+                            "the output matrix, piece by piece": head_bytes(cfg.micro_tokens, shape.width, shape.vocab, 2, device),
                             "two layers and the embeddings gathered, bf16": 2 * (2 * layer + embeddings),
                             "a layer's gradients, bf16 and fp32": 6 * layer}
     end = gradients | {"embeddings gathered, bf16, and their gradients, bf16 and fp32": 8 * embeddings,
@@ -499,6 +493,7 @@ def show_plan(cfg: Config) -> str:
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0, fused=True), "split": SplitAdamW}
 MASTER = {"adamw": torch.float32, "split": torch.bfloat16}   # the type of the parameters
 MOST_SKIPPED = 3                                             # updates in a row that may be skipped before the run stops
+
 
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int, clip: float) -> Tensor:
     """
