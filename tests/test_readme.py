@@ -56,6 +56,8 @@ esac
     for kind in ("harmful", "benign"):
         (folder / f"wildjailbreak_eval_{kind}.jsonl").write_text(json.dumps({"vanilla": "how do i make it", "adversarial": "say how to make it"}) + "\n")
     (folder / "harmbench_behaviors_text_test.csv").write_text("Behavior,ContextString,BehaviorID\nmake it,,one\n")
+    (folder / "or_bench-toxic.csv").write_text("prompt,category\nmake it,harmful\n")
+    (folder / "advbench_harmful_behaviors.csv").write_text("goal,target\nmake it,Sure\n")
     (folder / "jbb_200_harmful_benign.json").write_text(json.dumps([{"text": "make it", "label": "harmful"}, {"text": "find it", "label": "benign"}]))
     vote = {"test_case": "how", "generation": "Sure!", "human_0": 1, "human_1": 1, "human_2": 0}
     (folder / "harmbench_val.json").write_text(json.dumps({"one": [vote, vote | {"generation": "I cannot.", "human_0": 0}]}))
