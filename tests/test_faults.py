@@ -263,16 +263,17 @@ def test_what_a_resumed_run_may_change_is_said_and_what_it_may_not_is_refused(ru
 # ---------------------------------------------------------------- chaos
 
 def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbed_run(runs):
-    """Half of the kills hit a save; each hits all ranks, or one, and then the others end by themselves."""
-    args, rng, out = ["--steps", "24", "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos"
+    """Kills in a start, after a step, and, every second one, in a save. Each hits all ranks, or one, and then the others end by themselves."""
+    args, rng, out = ["--steps", "60", "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos"
     begun, torn = time.monotonic(), 0
     succeeds(*args, "--out", runs / "calm", ranks=2)
     for kill in range(25):
         before, born = train.newest_complete(out), time.time()
         life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2)
-        while kill % 2 and life.ranks[0].is_alive() and not any(folder.stat().st_mtime > born for folder in out.glob("partial_*")):
+        awaited = {0: "nothing", 1: "partial_*", 2: "metrics.jsonl", 3: "partial_*"}[kill % 4]   # never long enough for all 60 steps
+        while awaited != "nothing" and life.ranks[0].is_alive() and not any(file.stat().st_mtime > born for file in out.glob(awaited)):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05) if kill % 2 else rng.uniform(0.5, 2.5))
+        time.sleep(rng.uniform(0, 1.0 if awaited == "nothing" else 0.05))
         for process in life.ranks if rng.random() < 0.5 else [life.ranks[rng.integers(2)]]:
             process.kill()
         for process in life.ranks:
@@ -286,4 +287,4 @@ def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbe
     assert torn >= 8
     succeeds(*args, "--resume", "--out", out, ranks=2)
     measured("weights after the kills against the calm run's", difference(runs / "calm", out), 0.0)
-    assert steps_logged(out) == list(range(1, 25)) and not list(out.glob("partial_*"))
+    assert steps_logged(out) == list(range(1, 61)) and not list(out.glob("partial_*"))
