@@ -364,8 +364,8 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
         name = benchmark_of(file, row.keys())
         if name is None or not set(BENCHMARKS[name].texts) & set(columns) & row.keys():
             known = "; ".join(f"{title} ({', '.join(b.columns or b.texts)})" for title, b in BENCHMARKS.items())
-            stop(f"{file}, line {number}: none of the columns found ({', '.join(map(str, row)) or 'no columns'}) holds a prompt; expected those of "
-                 f"{known}; rename one.")
+            there = ", ".join(map(str, row)) or "no columns"
+            stop(f"{file}, line {number}: none of the columns found ({there}) holds a prompt; expected those of {known}; rename one.")
         column = next((c for c in BENCHMARKS[name].texts if c in columns and row.get(c)), None)
         label = label_of(row, by_file, BENCHMARKS[name])
         if label is None and "prompt_harm_label" in row:
