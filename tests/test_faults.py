@@ -53,6 +53,10 @@ def steps_logged(out, name="metrics.jsonl"):
     return [json.loads(line)["step"] for line in (out / name).read_text().splitlines()]
 
 
+def lines_logged(out):
+    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, warm):
     """An undisturbed run of four steps that saved each of them."""
@@ -270,10 +274,12 @@ def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbe
     for kill in range(25):
         before, born = train.newest_complete(out), time.time()
         life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2)
-        awaited = {0: "nothing", 1: "partial_*", 2: "metrics.jsonl", 3: "partial_*"}[kill % 4]   # never long enough for all 60 steps
-        while awaited != "nothing" and life.ranks[0].is_alive() and not any(file.stat().st_mtime > born for file in out.glob(awaited)):
+        done = int(before.name.removeprefix("step_")) if before else 0
+        saving = lambda: any(folder.stat().st_mtime > born for folder in out.glob("partial_*"))
+        moment = {0: lambda: True, 2: lambda: lines_logged(out) >= done + 2}.get(kill % 4, saving)   # never late enough for all 60 steps
+        while life.ranks[0].is_alive() and not moment():
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 1.0 if awaited == "nothing" else 0.05))
+        time.sleep(rng.uniform(0, 0.05 if kill % 4 else 1.0))
         for process in life.ranks if rng.random() < 0.5 else [life.ranks[rng.integers(2)]]:
             process.kill()
         for process in life.ranks:
