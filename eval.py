@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import toy
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Labelled, Verdict, open_judge, read_labelled, read_rows
+from kernels.linear import keep_memory
 from model import Transformer, find, load, open_tokenizer, stop, stop_ids, weight_files
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Prompts, Reply, Seed, Setting, Turn, payoffs, record
@@ -973,6 +974,7 @@ def main() -> None:
         for flag, how in flags.items():
             command.add_argument(flag, **how)
     args = cli.parse_args()
+    keep_memory()
     args.act(args)
 
 

@@ -31,8 +31,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import attend
 from kernels.linear import linear, unrounded
 from kernels.logprob import token_logprob
+from kernels.norm import rms_norm
+from kernels.swiglu import swiglu
 
 if TYPE_CHECKING:   # at run time the functions below import it late: it costs a second, and not every command opens a checkpoint
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -114,12 +117,26 @@ class Cache:
         slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ... | length
 
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use.
+    With it come what a step of one token would compute anew each time: cosines and sines of all positions, and which slots are seen.
+    On a CPU keys and values are kept in fp32 whatever the model: attention of single queries is faster in it than in bf16, and exact.
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
-        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=dtype, device=pad_B.device)
+        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=torch.float32 if pad_B.device.type == "cpu" else dtype, device=pad_B.device)
         self.pad_B, self.shared, self.length, self.slots = pad_B, shared, 0, slots
+        self.rotation_S2E = rotation(torch.arange(slots, device=pad_B.device), shape, dtype)
+        self.hide()
+
+    def hide(self) -> None:
+        """mask_BS, to be added to the logits of attention: minus infinity where a row has padding, 0 elsewhere."""
+        slot_S = torch.arange(self.slots, device=self.pad_B.device)
+        padding_BS = (slot_S >= self.shared) & (slot_S < self.shared + self.pad_B[:, None])
+        self.mask_BS = torch.zeros(padding_BS.shape, device=slot_S.device).masked_fill_(padding_BS, float("-inf"))
+
+    def rotations(self, position_BT: Tensor) -> Tensor:
+        """rotation_BT2E of these positions."""
+        return F.embedding(position_BT, self.rotation_S2E.flatten(1)).unflatten(-1, (2, -1))
 
     def begin_with(self, prefix: Cache) -> None:
         """Every row begins with the slots of a cache of one row."""
@@ -140,16 +157,19 @@ class Cache:
         self.key_LBKSE[:, row_N, :, self.length - own:self.length] = other.key_LBKSE[:, from_N, :, other.shared:other.length]
         self.value_LBKSE[:, row_N, :, self.length - own:self.length] = other.value_LBKSE[:, from_N, :, other.shared:other.length]
         self.pad_B[row_N] = other.pad_B[from_N] + self.length - other.length
+        self.hide()
 
     def slide(self, by: int) -> None:
         """Move all own tokens `by` slots to the front, into padding, so that new ones find room behind them."""
         for block_BKSE in (*self.key_LBKSE, *self.value_LBKSE):
             block_BKSE[:, :, self.shared:self.length - by] = block_BKSE[:, :, self.shared + by:self.length].clone()
         self.pad_B, self.length = (self.pad_B - by).clamp(min=0), self.length - by
+        self.hide()
 
     def keep(self, row_B: Tensor) -> None:
         """Drop all rows but these: finished rows should cost nothing."""
-        self.key_LBKSE, self.value_LBKSE, self.pad_B = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B], self.pad_B[row_B]
+        self.key_LBKSE, self.value_LBKSE = self.key_LBKSE[:, row_B], self.value_LBKSE[:, row_B]
+        self.pad_B, self.mask_BS = self.pad_B[row_B], self.mask_BS[row_B]
 
 
 def visible(pad_B: Tensor, start: int, length: int, dtype: torch.dtype, shared: int = 0) -> Tensor:
@@ -174,8 +194,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_rates(shape: Shape, device: torch.device) -> Tensor:
@@ -193,35 +212,21 @@ def rope_rates(shape: Shape, device: torch.device) -> Tensor:
     return rate_E2 * (kept_E2 + (1 - kept_E2) / factor)
 
 
-def rotation(position_BT: Tensor, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(position: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     """
-    cos and sin of each position's angles, [B, 1, T, E]; the sines of the first half carry the minus of the rotation's formula.
+    Cosines and sines of each position's angles, [..., 2, E]; the sines of the first half carry the minus of the rotation's formula.
     Angles in fp32: bf16 cannot tell position 1000 from 1001.
     """
-    angle_B1TF = (position_BT[..., None].float() * rope_rates(shape, position_BT.device))[:, None]
-    cos_B1TF, sin_B1TF = angle_B1TF.cos().to(dtype), angle_B1TF.sin().to(dtype)
-    return torch.cat((cos_B1TF, cos_B1TF), dim=-1), torch.cat((-sin_B1TF, sin_B1TF), dim=-1)
+    angle = position[..., None].float() * rope_rates(shape, position.device)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=-2).to(dtype)
 
 
-def rotate(x_BHTE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:
+def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
     """Rotate each pair (x[e], x[e + E/2]) by its position's angle: the layout of Hugging Face checkpoints."""
-    low, high = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((high, low), dim=-1) * sin_B1TE
-
-
-def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Softmax attention; G query heads share each key head. Without a mask it is causal over T = S."""
-    B, H, T, E = query_BHTE.shape
-    K = key_BKSE.shape[1]
-    if T > 1 or mask_B1TS is None:
-        return F.scaled_dot_product_attention(query_BHTE, key_BKSE, value_BKSE, mask_B1TS, is_causal=mask_B1TS is None, enable_gqa=H != K)
-    # one query per row: the query heads that share a key stand where positions stand, so that each key is read once and not G times
-    query_BKGE = query_BHTE.view(B, K, H // K, E)
-    if query_BHTE.dtype != torch.float32:
-        return F.scaled_dot_product_attention(query_BKGE, key_BKSE, value_BKSE, mask_B1TS).view(B, H, 1, E)
-    # on a CPU that routine takes exponentials to 20 bits only, which shows in fp32; here it is no faster than this
-    weight_BKGS = (query_BKGE @ key_BKSE.mT * E ** -0.5 + mask_B1TS).softmax(-1)
-    return (weight_BKGS @ value_BKSE).view(B, H, 1, E)
+    cos_BT1E, sin_BT1E = rotation_BT2E.split(1, dim=-2)
+    low, high = x_BTHE.chunk(2, dim=-1)
+    return x_BTHE * cos_BT1E + torch.cat((high, low), dim=-1) * sin_BT1E
 
 
 class Linear(nn.Linear):
@@ -234,23 +239,27 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        q_width, kv_width = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        self.q_proj = Linear(shape.width, q_width, bias=shape.qkv_bias)
-        self.k_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.v_proj = Linear(shape.width, kv_width, bias=shape.qkv_bias)
-        self.o_proj = Linear(q_width, shape.width, bias=shape.o_bias)
-        self.q_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(shape.head_width, shape.norm_eps) if shape.qk_norm else nn.Identity()
-        self.head_width = shape.head_width
+        self.heads, self.kv_heads, self.head_width = shape.heads, shape.kv_heads, shape.head_width
+        self.qkv_proj = Linear(shape.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=shape.qkv_bias)
+        self.o_proj = Linear(self.heads * self.head_width, shape.width, bias=shape.o_bias)
+        self.qk_norm = shape.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(shape.head_width, shape.norm_eps), RMSNorm(shape.head_width, shape.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None,
-                layer: int) -> Tensor:
-        split = (*x_BTD.shape[:2], -1, self.head_width)
-        query_BHTE = rotate(self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
-        key_BKTE = rotate(self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2), cos_B1TE, sin_B1TE)
-        value_BKTE = self.v_proj(x_BTD).view(split).transpose(1, 2)
-        key_BKSE, value_BKSE = cache.append(layer, key_BKTE, value_BKTE) if cache else (key_BKTE, value_BKTE)
-        return self.o_proj(attend(query_BHTE, key_BKSE, value_BKSE, mask_B1TS).transpose(1, 2).flatten(2))
+    def project(self, x_BTD: Tensor, rotation_BT2E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query_BTHE, key_BKTE and value_BKTE."""
+        split = self.heads, self.kv_heads
+        both_BTJE, value_BTKE = self.qkv_proj(x_BTD).unflatten(-1, (-1, self.head_width)).split((sum(split), self.kv_heads), dim=2)
+        if self.qk_norm:
+            query_BTHE, key_BTKE = both_BTJE.split(split, dim=2)
+            both_BTJE = torch.cat((self.q_norm(query_BTHE), self.k_norm(key_BTKE)), dim=2)
+        query_BTHE, key_BTKE = rotate(both_BTJE, rotation_BT2E).split(split, dim=2)
+        return query_BTHE, key_BTKE.transpose(1, 2), value_BTKE.transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        query_BTHE, *slots = self.project(x_BTD, rotation_BT2E)
+        key_BKSE, value_BKSE = cache.append(layer, *slots) if cache else slots
+        return self.o_proj(attend(query_BTHE, key_BKSE, value_BKSE, mask))
 
 
 class SwiGLU(nn.Module):
@@ -258,12 +267,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.gate_proj = Linear(shape.width, shape.inner, bias=False)
-        self.up_proj = Linear(shape.width, shape.inner, bias=False)
+        self.gate_up_proj = Linear(shape.width, 2 * shape.inner, bias=False)
         self.down_proj = Linear(shape.inner, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -274,14 +282,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_eps)
         self.mlp = SwiGLU(shape)
 
-    def forward(self, x_BTD: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, mask_B1TS: Tensor | None, cache: Cache | None,
-                layer: int) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+    def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation_BT2E, mask, cache, layer)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+    def fill(self, x_BTD: Tensor, rotation_BT2E: Tensor, cache: Cache, layer: int) -> None:
+        """Leave keys and values in the cache, and nothing else."""
+        _, *slots = self.self_attn.project(self.input_layernorm(x_BTD), rotation_BT2E)
+        cache.append(layer, *slots)
 
 
 class Transformer(nn.Module):
-    """Parameter names are those of Hugging Face checkpoints without the leading `model.`."""
+    """Parameter names are those of Hugging Face checkpoints without the leading `model.`, but for the matrices of APART."""
 
     def __init__(self, config: PreTrainedConfig, name: str = "model"):
         super().__init__()
@@ -294,24 +306,30 @@ class Transformer(nn.Module):
         self.lm_head = nn.Identity() if self.shape.tied else nn.Linear(self.shape.width, self.shape.vocab, bias=False)
         self.recompute = False   # whether a backward pass makes each layer's activations again instead of keeping them
 
-    def forward(self, ids_BT: Tensor, head: Head, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:
+    def forward(self, ids_BT: Tensor, head: Head | None, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:
         """
         Run the layers and return head(hidden_BTD, weight_VD). `pad_B` counts the padding slots on the left of each row; padding on the
-        right needs no mask, because nothing looks to the right. With a cache, ids_BT are the next T slots of every row.
+        right needs no mask, because nothing looks to the right. With a cache, ids_BT are the next T slots of every row; without a head,
+        filling it is all that is wanted, and the last layer stops at its keys and values.
         The head runs inside the forward pass because only there does a sharded model hold its output matrix in full.
         """
+        x_BTD, T = self.embed_tokens(ids_BT), ids_BT.shape[1]
         start, shared, pad_B = (cache.length, cache.shared, cache.pad_B) if cache else (0, 0, pad_B)
-        slot_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
+        slot_T = torch.arange(start, start + T, device=ids_BT.device)
         position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=shared)
-        x_BTD = self.embed_tokens(ids_BT)
-        mask_B1TS = None if pad_B is None else visible(pad_B, start, ids_BT.shape[1], x_BTD.dtype, shared)
-        cos_B1TE, sin_B1TE = rotation(position_BT, self.shape, x_BTD.dtype)
-        for layer, block in enumerate(self.layers):
-            given = (x_BTD, cos_B1TE, sin_B1TE, mask_B1TS, cache, layer)
+        rotation_BT2E = cache.rotations(position_BT) if cache else rotation(position_BT, self.shape, x_BTD.dtype)
+        if cache and T == 1:
+            mask = cache.mask_BS[:, None, None, :start + 1]
+        else:
+            mask = None if pad_B is None else visible(pad_B, start, T, x_BTD.dtype, shared)
+        for layer, block in enumerate(self.layers if head else self.layers[:-1]):
+            given = (x_BTD, rotation_BT2E, mask, cache, layer)
             x_BTD = checkpoint(block, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*given)
+        if head is None:
+            self.layers[-1].fill(x_BTD, rotation_BT2E, cache, len(self.layers) - 1)
         if cache:
-            cache.length += ids_BT.shape[1]
-        return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight)
+            cache.length += T
+        return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight) if head else None
 
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -389,7 +407,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
             weights |= {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
         if model.shape.tied:
             weights.pop("lm_head.weight", None)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(merged(weights), assign=True)
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
@@ -418,9 +436,27 @@ def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for entry in listed for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
 
 
-def their_name(key: str) -> str:
-    """The name in a Hugging Face checkpoint of one of our parameters."""
-    return key if key.startswith("lm_head") else f"model.{key}"
+APART = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}   # in checkpoints; one product here
+
+
+def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters from those of a checkpoint."""
+    weights = dict(weights)
+    for whole, parts in APART.items():
+        for key in [key for key in weights if f".{parts[0]}." in key]:
+            weights[key.replace(parts[0], whole)] = torch.cat([weights.pop(key.replace(parts[0], part)) for part in parts])
+    return weights
+
+
+def apart(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """The parameters of a Hugging Face checkpoint, under its names, from ours."""
+    rows = {"qkv_proj": [heads * shape.head_width for heads in (shape.heads, shape.kv_heads, shape.kv_heads)], "gate_up_proj": [shape.inner] * 2}
+    theirs = {}
+    for key, tensor in weights.items():
+        whole = key.split(".")[-2]
+        pieces = zip(APART[whole], tensor.split(rows[whole])) if whole in APART else [(whole, tensor)]
+        theirs |= {("" if whole == "lm_head" else "model.") + key.replace(whole, part): piece for part, piece in pieces}
+    return theirs
 
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -429,8 +465,8 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors wants each tensor in memory of its own: a slice of a common buffer is copied, the rest of a large model is not
     own = {key: tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-           else tensor.clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
-    save_torch_state_dict({their_name(key): tensor.detach() for key, tensor in own.items()}, folder)
+           else tensor.clone(memory_format=torch.contiguous_format) for key, tensor in apart(weights, model.shape).items()}
+    save_torch_state_dict({key: tensor.detach() for key, tensor in own.items()}, folder)
     config = model.config
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.dtype = next(iter(weights.values())).dtype
@@ -447,7 +483,7 @@ def main() -> None:
     small = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     ours = load(args.model) if args.model else new_model(LlamaConfig(**small), seed=0)
     theirs = AutoModelForCausalLM.from_config(ours.config, dtype=torch.float32).eval()
-    theirs.load_state_dict({their_name(key): tensor for key, tensor in ours.state_dict().items()}, strict=not ours.shape.tied)
+    theirs.load_state_dict(apart(ours.state_dict(), ours.shape), strict=not ours.shape.tied)
     ids_BT = torch.randint(ours.shape.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)

@@ -115,30 +115,29 @@ def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int)
 
 def invert(mass_BW: Tensor, point_B1: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The first entry whose cumulative mass exceeds `point`, and the mass in front of it, both [B, 1], fp64. An entry without mass is never
-    the one: a point that rounding has pushed to the end of all mass counts as lying just before it.
+    The first entry whose cumulative mass exceeds `point`, [B, 1], and the cumulative masses, fp64. An entry without mass is never the one:
+    a point that rounding has pushed to the end of all mass counts as lying just before it.
     """
-    cdf_BW = mass_BW.cumsum(-1)
+    cdf_BW = mass_BW.cumsum(-1, dtype=torch.float64)
     last_B1 = torch.nextafter(cdf_BW[:, -1:], torch.zeros_like(point_B1))
-    place_B1 = torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True)
-    return place_B1, F.pad(cdf_BW, (1, 0)).gather(1, place_B1)
+    return torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True), cdf_BW
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """
-    token_B by inverting the cumulative distribution: first the block of words, then the word in it. Cumulative sums are fp64, because over
-    150,000 words fp32 ones would lose the rare; by blocks, because only few of them are needed.
+    token_B by inverting the cumulative distribution. Cumulative sums are fp64, because over 150,000 words fp32 ones would lose the rare;
+    of a large vocabulary first the block of words, then the word in it, because only few of the sums are needed.
     """
-    p_BCW = F.pad(logp_BV.exp(), (0, -logp_BV.shape[1] % WORDS)).unflatten(1, (-1, WORDS))
+    p_BV, uniform_B1 = logp_BV.exp(), uniform_B[:, None]
+    if p_BV.shape[1] <= 2 * WORDS:
+        return invert(p_BV, uniform_B1 * p_BV.sum(-1, keepdim=True, dtype=torch.float64))[0].squeeze(1)
+    p_BCW = F.pad(p_BV, (0, -p_BV.shape[1] % WORDS)).unflatten(1, (-1, WORDS))
     mass_BC = p_BCW.sum(-1, dtype=torch.float64)
-    point_B1 = uniform_B[:, None] * mass_BC.sum(-1, keepdim=True)
-    block_B1, before_B1 = invert(mass_BC, point_B1)
-    inside_BW = p_BCW[torch.arange(len(p_BCW), device=block_B1.device), block_B1[:, 0]].double()
+    point_B1 = uniform_B1 * mass_BC.sum(-1, keepdim=True)
+    block_B1, cdf_BC = invert(mass_BC, point_B1)
+    before_B1 = F.pad(cdf_BC, (1, 0)).gather(1, block_B1)
+    inside_BW = p_BCW.gather(1, block_B1[..., None].expand(-1, -1, WORDS)).squeeze(1)
     return (block_B1 * WORDS + invert(inside_BW, point_B1 - before_B1)[0]).squeeze(1)
-
-
-def no_head(hidden_BTD: Tensor, weight_VD: Tensor) -> None:
-    """What a pass over a prompt is to answer: nothing, for what it leaves in the cache is all."""
 
 
 def common_part(model: Transformer, prompts: list[list[int]]) -> Cache:
@@ -148,7 +147,7 @@ def common_part(model: Transformer, prompts: list[list[int]]) -> Cache:
     weight_VD = model.embed_tokens.weight
     common = Cache(model.shape, 1, shared, torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
     if shared:
-        model(torch.tensor([prompts[0][:shared]], device=weight_VD.device), no_head, cache=common)
+        model(torch.tensor([prompts[0][:shared]], device=weight_VD.device), None, cache=common)
     return common
 
 
@@ -156,10 +155,10 @@ def prefill(model: Transformer, common: Cache, prompts: list[list[int]]) -> Cach
     """A cache of these prompts, longest first, all but the last token of each, which the next step runs."""
     device, shared, longest = common.pad_B.device, common.length, len(prompts[0]) - 1
     pad_B = torch.tensor([longest + 1 - len(p) for p in prompts], device=device)
-    cache = Cache(model.shape, len(prompts), longest, pad_B, common.key_LBKSE.dtype, shared)
+    cache = Cache(model.shape, len(prompts), longest, pad_B, model.embed_tokens.weight.dtype, shared)
     cache.begin_with(common)
     if longest > shared:
-        model(torch.tensor([[0] * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), no_head, cache=cache)
+        model(torch.tensor([[0] * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), None, cache=cache)
     return cache
 
 
@@ -176,7 +175,7 @@ class Seats:
         device, shared = self.common.pad_B.device, self.common.length
         self.number_B = torch.full((rows,), len(prompts), device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
-        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), self.common.key_LBKSE.dtype, shared)
+        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), model.embed_tokens.weight.dtype, shared)
         self.cache.begin_with(self.common)
 
     def make_room(self) -> None:

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
 from kernels.adamw import SplitAdamW
+from kernels.linear import keep_memory
 from kernels.logprob import head_bytes
 from model import Shape, Transformer, load, open_tokenizer, save, score, shape_of, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
@@ -297,6 +298,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")   # o
 
 def setup(cfg: Config) -> Ranks:
     """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
+    keep_memory()
     cuda, world = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -400,13 +402,13 @@ def n_parameters(config: "PreTrainedConfig") -> int:
 def layer_bytes(shape: Shape) -> int:
     """What a token leaves in one layer for its backward pass, in bf16."""
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-    return 16 * shape.width + 4 * (queries + keys) + 8 * shape.inner + 8 * (queries + keys) * shape.qk_norm
+    return 8 * shape.width + 6 * (queries + keys) + 6 * shape.inner
 
 
 def activation_bytes(shape: Shape, recompute: bool) -> int:
     """What a token leaves in all layers; where they are recomputed, their inputs and one layer at a time."""
     kept = 2 * shape.width * shape.layers + layer_bytes(shape) if recompute else layer_bytes(shape) * shape.layers
-    return kept + 6 * shape.width   # the last norm
+    return kept + 2 * shape.width   # the input of the last norm
 
 
 def cache_bytes(shape: Shape) -> int:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from kernels.linear import keep_memory
 from kernels.logprob import token_logprob
-from model import Transformer, load, score, their_name
+from model import Transformer, apart, load, score
 from sample import Sample, sample, uniforms
 from selfplay import pack
 
@@ -163,8 +164,7 @@ def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
     """transformers, on the very same weights."""
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(ours.config, dtype=dtype).eval().requires_grad_(False)
-    weights = {their_name(key): tensor for key, tensor in ours.state_dict().items()}
-    model.load_state_dict(weights, strict=not ours.shape.tied, assign=True)
+    model.load_state_dict(apart(ours.state_dict(), ours.shape), strict=not ours.shape.tied, assign=True)
     model.tie_weights()
     return model
 
@@ -288,6 +288,7 @@ def main() -> None:
     args = cli.parse_args()
     if unknown := set(args.sections) - SECTIONS.keys():
         cli.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    keep_memory()
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)   # for models this small one thread is fastest, for ours and for the peers
     print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")

@@ -9,12 +9,26 @@ Intel has not made: on one core of an EPYC with AVX-512 we measured 65 to 100 GF
 the order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100). So fp32
 products go to oneDNN here, by the operator that torch.compile uses for them; all others stay where they are.
 """
+import ctypes
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-SMALLEST = 2 ** 21    # multiplications from which on the better product makes up for the longer way to it
+SMALLEST = 2 ** 20    # multiplications from which on the better product makes up for the longer way to it
+
+
+def keep_memory() -> None:
+    """
+    Let the C library keep what it once got of the system. By itself glibc gives blocks of some megabytes, such as activations, back as soon
+    as they are free, and they come back page by page, each cleared first: a fifth of the time of a whole run on a CPU.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2 ** 30)        # M_MMAP_THRESHOLD, bytes: smaller blocks come from the heap
+        libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD, bytes: so much may lie unused at the heap's end
 
 
 # ---------------------------------------------------------------- the formula, in PyTorch
@@ -42,10 +56,12 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight_MD = ctx.saved_tensors
-        upstream_NM, x_ND = upstream.flatten(0, -2), x.flatten(0, -2)
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (onednn(upstream, weight_MD.T) if for_x else None, onednn(upstream_NM.T, x_ND.T) if for_weight else None,
-                upstream_NM.sum(0) if for_bias else None)
+        grad_x, grad_weight_MD, grad_bias_M = onednn(upstream, weight_MD.T) if for_x else None, None, None
+        if for_weight:   # by `onednn`, both factors would first be transposed
+            both = upstream.flatten(0, -2).to_mkldnn(), x.flatten(0, -2).to_mkldnn()
+            grad_weight_MD, grad_bias_M = torch.ops.aten.mkldnn_linear_backward_weights(*both, weight_MD, for_bias)
+        return grad_x, grad_weight_MD, grad_bias_M if for_bias else None
 
 
 # ---------------------------------------------------------------- what everybody calls

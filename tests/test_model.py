@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 import model as m
 from conftest import measured
-from model import Cache, last_logits, load, new_model, save, score
+from model import Cache, apart, last_logits, load, new_model, save, score
 from sample import sample, uniforms
 
 SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.2)
@@ -134,10 +134,10 @@ def test_score_is_aligned_with_its_tokens(tiny):
 def test_a_saved_folder_opens_here_and_in_transformers_bit_for_bit(name, tmp_path, tokenizer):
     ours = new_model(CONFIGS[name], seed=3)
     save(tmp_path, ours.state_dict(), ours, tokenizer)
-    again, theirs = load(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)
-    for key, tensor in ours.state_dict().items():
-        their_key = key if key.startswith("lm_head") else f"model.{key}"
-        assert torch.equal(tensor, again.state_dict()[key]) and torch.equal(tensor, theirs.state_dict()[their_key]), key
+    again, theirs = load(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in apart(ours.state_dict(), ours.shape).items())
+    assert theirs.keys() - {"lm_head.weight"} == apart(ours.state_dict(), ours.shape).keys() - {"lm_head.weight"}
     if "llama" in name:   # for Qwen2, transformers puts Qwen's own tokenizer in the place of ours
         assert AutoTokenizer.from_pretrained(tmp_path)("burn the castle").input_ids == tokenizer("burn the castle").input_ids
 

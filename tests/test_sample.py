@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 import sample as s
 from conftest import CHATML, byte_tokenizer, measured
 from kernels.logprob import log_policy
-from model import last_logits, new_model, open_tokenizer, score
+from model import last_logits, load, new_model, open_tokenizer, score, stop_ids
 from sample import chat_ids, draw, plain_ids, sample, uniforms
 from selfplay import pack
 
@@ -21,14 +21,28 @@ def ragged_prompts(n, rng=None):
     return [rng.integers(1, 160, size=rng.integers(1, 14)).tolist() for _ in range(n)]
 
 
-def test_sampled_log_probs_equal_rescored_ones_on_ragged_prompts_at_temperature_0_7(tiny, tokenizer):
-    prompts = ragged_prompts(24)
-    replies = sample(tiny, prompts, uniforms(0, 0, range(24), 0, 20), [tokenizer.eos_token_id, 5, 6, 7], temperature=0.7)
+def differences(model, prompts, seed, stops, temperature=1.0):
+    """|sampler - trainer| of the log-probability of every token that is drawn for these prompts."""
+    replies = sample(model, prompts, uniforms(seed, 0, range(len(prompts)), 0, 20), stops, temperature)
     assert len({len(r.ids) for r in replies}) > 5, "the replies should be ragged too"
     ids_BT, mask_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]])
     with torch.no_grad():
-        rescored_BT, _ = score(tiny, ids_BT, mask_BT, 0.7)
-    measured("sampled against re-scored log-probability", (rescored_BT - sampled_BT).abs().max(), 1e-5)
+        return (score(model, ids_BT, mask_BT, temperature)[0] - sampled_BT)[mask_BT].abs()
+
+
+def test_sampled_log_probs_equal_rescored_ones_on_ragged_prompts_at_temperature_0_7(tiny, tokenizer):
+    """The logits of this model reach 27 / 0.7, where fp32 moves in steps of 3.8e-6."""
+    difference = differences(tiny, ragged_prompts(24), 0, [tokenizer.eos_token_id, 5, 6, 7], temperature=0.7)
+    measured("sampled against re-scored log-probability", difference.max(), 8 * 2 ** -23 * 27 / 0.7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_games_of_the_embedded_world_sampler_and_trainer_agree_to_1e_5_in_fp32_and_5e_3_in_bf16(seed, warm):
+    model, tokenizer = load(str(warm)), open_tokenizer(str(warm))
+    asked = [f"how do i {verb} the {noun}" for verb in ("burn", "poison", "rob", "fix") for noun in ("castle", "candle", "king", "weed", "bank")]
+    prompts = [chat_ids(tokenizer, template, text) for text in asked for template in ("{text}", "disguise bad : {text}")]
+    measured("fp32, largest", differences(model, prompts, seed, stop_ids(model, tokenizer)).max(), 1e-5)
+    measured("bf16, mean", differences(model.bfloat16(), prompts, seed, stop_ids(model, tokenizer)).mean(), 5e-3)
 
 
 def test_a_row_alone_equals_the_row_in_a_batch_and_order_is_kept(tiny):
@@ -127,12 +141,8 @@ def test_rare_words_of_a_large_vocabulary_are_not_lost():
 def test_in_bf16_sampler_and_trainer_differ_by_rounding_alone(tokenizer):
     config = LlamaConfig(vocab_size=160, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                          tie_word_embeddings=True, initializer_range=0.05)
-    model, prompts = new_model(config, seed=0).bfloat16(), ragged_prompts(48)
-    replies = sample(model, prompts, uniforms(0, 0, range(48), 0, 20), [3, 4, 5])
-    ids_BT, mask_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]])
-    with torch.no_grad():
-        difference = (score(model, ids_BT, mask_BT)[0] - sampled_BT)[mask_BT].abs()
-    measured("bf16, mean over tokens", difference.mean(), 5e-3)
+    model = new_model(config, seed=0).bfloat16()
+    measured("bf16, mean over tokens", differences(model, ragged_prompts(48), 0, [3, 4, 5]).mean(), 5e-3)
 
 
 def test_chance_depends_on_seed_step_game_and_turn_alone():

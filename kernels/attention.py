@@ -1,0 +1,52 @@
+"""
+Softmax attention, where G query heads share a key head.
+
+    weight_BKGTS = softmax_s(query_BKGTE . key_BKSE / sqrt(E) + mask)        out_BKGTE = weight_BKGTS value_BKSE
+
+Three ways to the same sums. Written out, it is two products and a softmax, and all G * T queries of a key head stand in one matrix, so that
+each key is read once: on a CPU this is twice as fast as PyTorch's routine while there are few positions, and that routine takes
+exponentials to 20 bits there. Over many positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes
+it down, is better, as it is on a GPU. A step of the sampler has one query per row, of keys that lie scattered in a cache: for it
+attention_triton.py has a kernel.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 128    # positions
+
+
+# ---------------------------------------------------------------- the formula, in PyTorch
+
+def causal(T: int, like: Tensor) -> Tensor:
+    """mask_TT: a position sees itself and what is before it."""
+    return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+
+
+def reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:
+    """The definition, [B, T, H * E]; the mask, of zeros and minus infinities, is one of [B, 1, T, S] or broadcasts to it."""
+    (B, T, H, E), (K, S) = query_BTHE.shape, key_BKSE.shape[1:3]
+    query_BKNE = query_BTHE.transpose(1, 2).reshape(B, K, -1, E)                     # N = G * T, positions innermost
+    logit_BHTS = (query_BKNE @ key_BKSE.mT * E ** -0.5).view(B, H, T, S) + mask
+    mixed_BKNE = logit_BHTS.softmax(-1).view(B, K, -1, S) @ value_BKSE
+    return mixed_BKNE.view(B, H, T, E).transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------- the same by PyTorch's routine
+
+def fused(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+    """The same; without a mask it is causal over T = S, and takes no memory for one."""
+    shared = query_BTHE.shape[2] != key_BKSE.shape[1]
+    mixed_BHTE = F.scaled_dot_product_attention(query_BTHE.transpose(1, 2), key_BKSE, value_BKSE, mask, is_causal=mask is None, enable_gqa=shared)
+    return mixed_BHTE.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------- what everybody calls
+
+def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of T queries per row to S keys, [B, T, H * E]; without a mask it is causal over T = S."""
+    dtype, T = query_BTHE.dtype, query_BTHE.shape[1]
+    if query_BTHE.is_cuda or T > FEW or (dtype != torch.float32 and T > 1):
+        return fused(query_BTHE, key_BKSE.to(dtype), value_BKSE.to(dtype), mask)
+    mask = causal(T, query_BTHE) if mask is None else mask
+    return reference(query_BTHE.to(key_BKSE.dtype), key_BKSE, value_BKSE, mask).to(dtype)
