@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attend
+from kernels.attention import attend, attend_one
 from kernels.linear import linear, unrounded
 from kernels.logprob import token_logprob
 from kernels.norm import rms_norm
@@ -116,23 +116,31 @@ class Cache:
 
         slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ... | length
 
-    The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use.
-    With it come what a step of one token would compute anew each time: cosines and sines of all positions, and which slots are seen.
+    The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use; it
+    lies on the device as length_1, from where a step of one token reads it. With it come what such a step would compute anew each time:
+    cosines and sines of all positions, and which slots are padding. Addresses stay the same until rows leave, so that a step can be recorded.
     On a CPU keys and values are kept in fp32 whatever the model: attention of single queries is faster in it than in bf16, and exact.
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=torch.float32 if pad_B.device.type == "cpu" else dtype, device=pad_B.device)
-        self.pad_B, self.shared, self.length, self.slots = pad_B, shared, 0, slots
+        self.pad_B, self.shared, self.slots = pad_B.clone(), shared, slots
+        self.length_1 = torch.zeros(1, dtype=torch.long, device=pad_B.device)
         self.rotation_S2E = rotation(torch.arange(slots, device=pad_B.device), shape, dtype)
+        self.mask_BS = torch.empty(rows, slots, device=pad_B.device)
         self.hide()
+
+    @property
+    def length(self) -> int:
+        """Slots in use. To ask for it is to wait for a GPU."""
+        return int(self.length_1)
 
     def hide(self) -> None:
         """mask_BS, to be added to the logits of attention: minus infinity where a row has padding, 0 elsewhere."""
         slot_S = torch.arange(self.slots, device=self.pad_B.device)
         padding_BS = (slot_S >= self.shared) & (slot_S < self.shared + self.pad_B[:, None])
-        self.mask_BS = torch.zeros(padding_BS.shape, device=slot_S.device).masked_fill_(padding_BS, float("-inf"))
+        self.mask_BS.zero_().masked_fill_(padding_BS, float("-inf"))
 
     def rotations(self, position_BT: Tensor) -> Tensor:
         """rotation_BT2E of these positions."""
@@ -142,28 +150,38 @@ class Cache:
         """Every row begins with the slots of a cache of one row."""
         self.key_LBKSE[:, :, :, :prefix.length] = prefix.key_LBKSE[:, :, :, :prefix.length]
         self.value_LBKSE[:, :, :, :prefix.length] = prefix.value_LBKSE[:, :, :, :prefix.length]
-        self.length = prefix.length
+        self.length_1.copy_(prefix.length_1)
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new slots; return all its slots so far. `length` moves once all layers have written."""
-        end = self.length + key_BKTE.shape[2]
-        self.key_LBKSE[layer, :, :, self.length:end] = key_BKTE
-        self.value_LBKSE[layer, :, :, self.length:end] = value_BKTE
-        return self.key_LBKSE[layer, :, :, :end], self.value_LBKSE[layer, :, :, :end]
+        begin, end, dtype = self.length, self.length + key_BKTE.shape[2], key_BKTE.dtype
+        keys_BKSE, values_BKSE = self.key_LBKSE[layer], self.value_LBKSE[layer]
+        keys_BKSE[:, :, begin:end], values_BKSE[:, :, begin:end] = key_BKTE, value_BKTE
+        return keys_BKSE[:, :, :end].to(dtype), values_BKSE[:, :, :end].to(dtype)
+
+    def append_one(self, layer: int, key_BK1E: Tensor, value_BK1E: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one slot of one layer, and return all its slots, used or not; the host does not learn which it was."""
+        keys_BKSE, values_BKSE = self.key_LBKSE[layer], self.value_LBKSE[layer]
+        keys_BKSE.index_copy_(2, self.length_1, key_BK1E.to(keys_BKSE.dtype))
+        values_BKSE.index_copy_(2, self.length_1, value_BK1E.to(keys_BKSE.dtype))
+        return keys_BKSE, values_BKSE
 
     def place(self, row_N: Tensor, from_N: Tensor, other: Cache) -> None:
         """These rows take over the own tokens of rows from_N of another cache with the same prefix; they end at the present length."""
-        own = other.length - other.shared
-        self.key_LBKSE[:, row_N, :, self.length - own:self.length] = other.key_LBKSE[:, from_N, :, other.shared:other.length]
-        self.value_LBKSE[:, row_N, :, self.length - own:self.length] = other.value_LBKSE[:, from_N, :, other.shared:other.length]
-        self.pad_B[row_N] = other.pad_B[from_N] + self.length - other.length
+        length, others = self.length, other.length
+        begin = length - (others - other.shared)
+        self.key_LBKSE[:, row_N, :, begin:length] = other.key_LBKSE[:, from_N, :, other.shared:others]
+        self.value_LBKSE[:, row_N, :, begin:length] = other.value_LBKSE[:, from_N, :, other.shared:others]
+        self.pad_B[row_N] = other.pad_B[from_N] + length - others
         self.hide()
 
     def slide(self, by: int) -> None:
         """Move all own tokens `by` slots to the front, into padding, so that new ones find room behind them."""
+        length = self.length
         for block_BKSE in (*self.key_LBKSE, *self.value_LBKSE):
-            block_BKSE[:, :, self.shared:self.length - by] = block_BKSE[:, :, self.shared + by:self.length].clone()
-        self.pad_B, self.length = (self.pad_B - by).clamp(min=0), self.length - by
+            block_BKSE[:, :, self.shared:length - by] = block_BKSE[:, :, self.shared + by:length].clone()
+        self.pad_B.sub_(by).clamp_(min=0)
+        self.length_1 -= by
         self.hide()
 
     def keep(self, row_B: Tensor) -> None:
@@ -258,8 +276,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         query_BTHE, *slots = self.project(x_BTD, rotation_BT2E)
-        key_BKSE, value_BKSE = cache.append(layer, *slots) if cache else slots
-        return self.o_proj(attend(query_BTHE, key_BKSE, value_BKSE, mask))
+        if cache and x_BTD.shape[1] == 1:
+            return self.o_proj(attend_one(query_BTHE, *cache.append_one(layer, *slots), cache.mask_BS, cache.length_1))
+        return self.o_proj(attend(query_BTHE, *(cache.append(layer, *slots) if cache else slots), mask))
 
 
 class SwiGLU(nn.Module):
@@ -313,22 +332,24 @@ class Transformer(nn.Module):
         filling it is all that is wanted, and the last layer stops at its keys and values.
         The head runs inside the forward pass because only there does a sharded model hold its output matrix in full.
         """
-        x_BTD, T = self.embed_tokens(ids_BT), ids_BT.shape[1]
-        start, shared, pad_B = (cache.length, cache.shared, cache.pad_B) if cache else (0, 0, pad_B)
-        slot_T = torch.arange(start, start + T, device=ids_BT.device)
-        position_BT = slot_T[None] if pad_B is None else (slot_T - pad_B[:, None]).clamp(min=shared)
-        rotation_BT2E = cache.rotations(position_BT) if cache else rotation(position_BT, self.shape, x_BTD.dtype)
-        if cache and T == 1:
-            mask = cache.mask_BS[:, None, None, :start + 1]
+        x_BTD, T, mask = self.embed_tokens(ids_BT), ids_BT.shape[1], None
+        slot_T = torch.arange(T, device=ids_BT.device)
+        if cache:
+            position_BT = (cache.length_1 + slot_T - cache.pad_B[:, None]).clamp(min=cache.shared)
+            rotation_BT2E = cache.rotations(position_BT)
+            mask = visible(cache.pad_B, cache.length, T, x_BTD.dtype, cache.shared) if T > 1 else None
+        elif pad_B is not None:
+            rotation_BT2E = rotation((slot_T - pad_B[:, None]).clamp(min=0), self.shape, x_BTD.dtype)
+            mask = visible(pad_B, 0, T, x_BTD.dtype)
         else:
-            mask = None if pad_B is None else visible(pad_B, start, T, x_BTD.dtype, shared)
+            rotation_BT2E = rotation(slot_T[None], self.shape, x_BTD.dtype)
         for layer, block in enumerate(self.layers if head else self.layers[:-1]):
             given = (x_BTD, rotation_BT2E, mask, cache, layer)
             x_BTD = checkpoint(block, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*given)
         if head is None:
             self.layers[-1].fill(x_BTD, rotation_BT2E, cache, len(self.layers) - 1)
         if cache:
-            cache.length += T
+            cache.length_1 += T
         return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight) if head else None
 
 

@@ -35,6 +35,7 @@ SHARED = 16               # tokens that all prompts must have in common for a se
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 PREFILL = 8192            # tokens of prompts in one pass
 WORDS = 128               # words in a block of the vocabulary, see draw
+BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
 
@@ -166,32 +167,42 @@ class Seats:
     """
     The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the
     number of an empty seat is that of no prompt. Prompts are seated in their order, longest first, so that those who stay are at least as
-    long as a newcomer. `seated` prompts have had a seat so far, `working` have one now.
+    long as a newcomer. `seated` prompts have had a seat so far. What has been drawn is in token_NT and logprob_NT, length_N[n] of it; their
+    last row takes what empty seats draw.
     """
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, steps: int):
-        self.model, self.prompts, self.seated, self.working = model, prompts, 0, 0
-        self.common = common_part(model, prompts)
+    def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, uniform_NT: Tensor, stops: list[int], temperature: float):
+        (N, steps), self.common = uniform_NT.shape, common_part(model, prompts)
         device, shared = self.common.pad_B.device, self.common.length
-        self.number_B = torch.full((rows,), len(prompts), device=device)
+        self.model, self.prompts, self.seated, self.N, self.temperature = model, prompts, 0, N, temperature
+        self.number_B = torch.full((rows,), N, device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
         self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), model.embed_tokens.weight.dtype, shared)
         self.cache.begin_with(self.common)
+        self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
+        self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
+        self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
+        self.widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not every step
+        self.recorded = None
+
+    def working(self) -> int:
+        """Seats that are taken. To ask is to wait for a GPU."""
+        return int((self.number_B < self.N).sum())
 
     def make_room(self) -> None:
         """Slots in front that no prompt at work needs any more become free behind."""
-        pad_N = self.cache.pad_B[self.number_B < len(self.prompts)]
+        pad_N = self.cache.pad_B[self.number_B < self.N]
         by = int(pad_N.min()) if len(pad_N) else self.cache.length - self.cache.shared
         if by:
             self.cache.slide(by)
 
     def fill(self) -> None:
         """Empty seats go to the prompts that wait, some thousand tokens at a time; a prompt that occurs several times is run once."""
-        empty_N = (self.number_B == len(self.prompts)).nonzero().squeeze(1)
-        new = range(self.seated, min(self.seated + len(empty_N), len(self.prompts)))
-        self.seated, self.working, row = new.stop, self.working + len(new), dict(zip(new, empty_N.tolist()))
+        empty_N = (self.number_B == self.N).nonzero().squeeze(1)
+        new = range(self.seated, min(self.seated + len(empty_N), self.N))
+        self.seated, row = new.stop, dict(zip(new, empty_N.tolist()))
         self.make_room()
-        self.cache.length = max(self.cache.length, len(self.prompts[new[0]]) - 1)
+        self.cache.length_1.clamp_(min=len(self.prompts[new[0]]) - 1)
         same = {}                                                # the numbers of each different prompt
         for n in new:
             same.setdefault(tuple(self.prompts[n]), []).append(n)
@@ -206,16 +217,49 @@ class Seats:
 
     def shrink(self) -> None:
         """Empty seats leave."""
-        stays_B = self.number_B < len(self.prompts)
+        stays_B = self.number_B < self.N
         self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
         self.cache.keep(stays_B)
+        self.recorded = None
 
-    def advance(self, next_B: Tensor, ends_B: Tensor) -> None:
-        """Everybody has drawn a token, and some leave with it."""
-        self.number_B = self.number_B.masked_fill(ends_B, len(self.prompts))
-        at_work_B = self.number_B < len(self.prompts)
-        self.next_B, self.t_B = next_B, (self.t_B + 1) * at_work_B
-        self.working = int(at_work_B.sum())
+    def step(self) -> None:
+        """Everybody draws a token, and some leave with it. All of it happens on the device, at addresses that stay, and nobody waits."""
+        head = lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, self.widened(weight_VD))
+        logp_BV = log_policy(self.model(self.next_B[:, None], head, cache=self.cache), self.temperature or 1.0)
+        place = self.number_B, self.t_B
+        next_B = draw(logp_BV, self.uniform_NT[place]) if self.temperature else logp_BV.argmax(-1)
+        self.token_NT[place], self.logprob_NT[place] = next_B, logp_BV.gather(1, next_B[:, None]).squeeze(1)
+        self.t_B += 1
+        self.length_N[self.number_B] = self.t_B
+        self.number_B.masked_fill_((next_B[:, None] == self.stop_S).any(1) | (self.t_B == self.uniform_NT.shape[1]), self.N)
+        self.t_B *= self.number_B < self.N
+        self.next_B.copy_(next_B)
+
+    def record(self) -> torch.cuda.CUDAGraph | None:
+        """The step as something that can be replayed, on a GPU: to launch its few hundred kernels takes longer than they do."""
+        if not self.t_B.is_cuda:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):   # nothing is computed here
+            self.step()
+        return graph
+
+    def advance(self) -> None:
+        """One step; from a record, several, before anybody looks at what came out: whoever has left draws into the last row."""
+        if self.recorded is None:
+            self.step()
+            self.recorded = self.record()
+        else:
+            for _ in range(min(BURST, self.cache.slots - self.cache.length)):
+                self.recorded.replay()
+
+    def decide(self, was: list[tuple[int, int]], done: Callable[[list[int]], bool]) -> None:
+        """Replies end where `done` says so of the tokens since the seats were as in `was`, (number, t) for each."""
+        drawn, length = self.token_NT.tolist(), self.length_N.tolist()
+        for b, (n, t) in enumerate(was):
+            end = next((end for end in range(t + 1, length[n] + 1) if n < self.N and done(drawn[n][:end])), None)
+            if end:
+                self.length_N[n], self.number_B[b], self.t_B[b] = end, self.N, 0
 
 
 def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float, done: Done,
@@ -224,31 +268,21 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     All prompts, longest first, through so many rows. As soon as an eighth of them have stopped, prompts that wait take their places; once
     none wait, those that have stopped leave when they are half of the batch.
     """
-    (N, steps), seats = uniform_NT.shape, Seats(model, prompts, rows, uniform_NT.shape[1])
-    widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not at every step
-    head, device = lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, widened(weight_VD)), seats.t_B.device
-    token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)    # the last row takes what empty seats draw
-    logprob_NT, length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
-    uniform_NT, stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, device=device)
-    while seats.working or seats.seated < N:
-        if seats.seated < N and seats.working <= rows - max(1, rows // 8):
+    seats, working = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0
+    while working or seats.seated < seats.N:
+        if seats.seated < seats.N and working <= rows - max(1, rows // 8):
             seats.fill()
-        elif seats.seated == N and seats.working <= len(seats.number_B) // 2:
+        elif seats.seated == seats.N and working <= len(seats.number_B) // 2:
             seats.shrink()
         if seats.cache.length == seats.cache.slots:
             seats.make_room()
-        logp_BV = log_policy(model(seats.next_B[:, None], head, cache=seats.cache), temperature or 1.0)
-        place = seats.number_B, seats.t_B
-        next_B = draw(logp_BV, uniform_NT[place]) if temperature else logp_BV.argmax(-1)
-        token_NT[place], logprob_NT[place] = next_B, logp_BV.gather(1, next_B[:, None]).squeeze(1)
-        length_N[seats.number_B] = seats.t_B + 1
-        ends_B = torch.isin(next_B, stop_S) | (seats.t_B + 1 == steps)
+        was = list(zip(seats.number_B.tolist(), seats.t_B.tolist())) if done else []
+        seats.advance()
         if done:
-            drawn = zip(token_NT[seats.number_B].tolist(), (seats.t_B + 1).tolist())
-            ends_B |= torch.tensor([done(ids[:n]) for ids, n in drawn], device=device)
-        before, _ = seats.working, seats.advance(next_B, ends_B)
-        bar.update(before - seats.working)
-    replies = zip(token_NT.tolist(), logprob_NT.tolist(), length_N[:N].tolist())
+            seats.decide(was, done)
+        working = seats.working()
+        bar.update(seats.seated - working - bar.n)
+    replies = zip(seats.token_NT.tolist(), seats.logprob_NT.tolist(), seats.length_N[:seats.N].tolist())
     return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
 
 

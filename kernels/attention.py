@@ -3,11 +3,10 @@ Softmax attention, where G query heads share a key head.
 
     weight_BKGTS = softmax_s(query_BKGTE . key_BKSE / sqrt(E) + mask)        out_BKGTE = weight_BKGTS value_BKSE
 
-Three ways to the same sums. Written out, it is two products and a softmax, and all G * T queries of a key head stand in one matrix, so that
-each key is read once: on a CPU this is twice as fast as PyTorch's routine while there are few positions, and that routine takes
-exponentials to 20 bits there. Over many positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes
-it down, is better, as it is on a GPU. A step of the sampler has one query per row, of keys that lie scattered in a cache: for it
-attention_triton.py has a kernel.
+Written out, it is two products and a softmax, and all G * T queries of a key head stand in one matrix, so that each key is read once: on a
+CPU this is twice as fast as PyTorch's routine while there are few positions, and that routine takes exponentials to 20 bits there. Over
+many positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes it down, is better, as it always is on
+a GPU. The sampler asks with one query per row of keys in a cache: for that layers_triton.py has a kernel.
 """
 import torch
 import torch.nn.functional as F
@@ -45,8 +44,20 @@ def fused(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor
 
 def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of T queries per row to S keys, [B, T, H * E]; without a mask it is causal over T = S."""
-    dtype, T = query_BTHE.dtype, query_BTHE.shape[1]
-    if query_BTHE.is_cuda or T > FEW or (dtype != torch.float32 and T > 1):
-        return fused(query_BTHE, key_BKSE.to(dtype), value_BKSE.to(dtype), mask)
-    mask = causal(T, query_BTHE) if mask is None else mask
-    return reference(query_BTHE.to(key_BKSE.dtype), key_BKSE, value_BKSE, mask).to(dtype)
+    T = query_BTHE.shape[1]
+    if query_BTHE.dtype != torch.float32 or T > FEW or query_BTHE.is_cuda:
+        return fused(query_BTHE, key_BKSE, value_BKSE, mask)
+    return reference(query_BTHE, key_BKSE, value_BKSE, causal(T, query_BTHE) if mask is None else mask)
+
+
+def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, mask_BS: Tensor, slot_1: Tensor) -> Tensor:
+    """
+    Attention of one query per row to slots 0 .. slot_1[0] of a cache, [B, 1, H * E], without a gradient. mask_BS is fp32, zeros and minus
+    infinities. On a GPU nothing here waits for the host.
+    """
+    if query_B1HE.is_cuda:
+        from kernels import layers_triton
+        return layers_triton.attend_one(query_B1HE, keys_BKSE, values_BKSE, mask_BS, slot_1)
+    end = int(slot_1) + 1
+    seen = keys_BKSE[:, :, :end], values_BKSE[:, :, :end], mask_BS[:, None, None, :end]
+    return reference(query_B1HE.to(keys_BKSE.dtype), *seen).to(query_B1HE.dtype)
