@@ -276,7 +276,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         query_BTHE, *slots = self.project(x_BTD, rotation_BT2E)
-        if cache and x_BTD.shape[1] == 1:
+        if cache and mask is None:
             return self.o_proj(attend_one(query_BTHE, *cache.append_one(layer, *slots), cache.mask_BS, cache.length_1))
         return self.o_proj(attend(query_BTHE, *(cache.append(layer, *slots) if cache else slots), mask))
 
@@ -337,7 +337,8 @@ class Transformer(nn.Module):
         if cache:
             position_BT = (cache.length_1 + slot_T - cache.pad_B[:, None]).clamp(min=cache.shared)
             rotation_BT2E = cache.rotations(position_BT)
-            mask = visible(cache.pad_B, cache.length, T, x_BTD.dtype, cache.shared) if T > 1 else None
+            one = T == 1 and head is not None   # of every row; what only fills the cache may be padding, which sees nothing
+            mask = None if one else visible(cache.pad_B, cache.length, T, x_BTD.dtype, cache.shared)
         elif pad_B is not None:
             rotation_BT2E = rotation((slot_T - pad_B[:, None]).clamp(min=0), self.shape, x_BTD.dtype)
             mask = visible(pad_B, 0, T, x_BTD.dtype)

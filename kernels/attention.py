@@ -25,9 +25,9 @@ def causal(T: int, like: Tensor) -> Tensor:
 def reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:
     """The definition, [B, T, H * E]; the mask, of zeros and minus infinities, is one of [B, 1, T, S] or broadcasts to it."""
     (B, T, H, E), (K, S) = query_BTHE.shape, key_BKSE.shape[1:3]
-    query_BKNE = query_BTHE.transpose(1, 2).reshape(B, K, -1, E)                     # N = G * T, positions innermost
+    query_BKNE = query_BTHE.transpose(1, 2).reshape(B, K, H // K * T, E)             # N = G * T, positions innermost
     logit_BHTS = (query_BKNE @ key_BKSE.mT * E ** -0.5).view(B, H, T, S) + mask
-    mixed_BKNE = logit_BHTS.softmax(-1).view(B, K, -1, S) @ value_BKSE
+    mixed_BKNE = logit_BHTS.softmax(-1).view(B, K, H // K * T, S) @ value_BKSE
     return mixed_BKNE.view(B, H, T, E).transpose(1, 2).flatten(2)
 
 

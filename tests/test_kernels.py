@@ -12,8 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels.logprob
 from conftest import measured
+from kernels import attention, layers_triton, logprob_triton, norm, swiglu
 from kernels import linear as product
 from kernels.logprob import PIECE, TokenLogprob, engine, head_bytes, log_policy, reference, token_logprob
+from model import visible
 
 
 def dense(hidden, weight, ids, temperature):
@@ -190,6 +192,92 @@ def test_two_runs_of_the_kernel_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(once, twice))
 
 
+# ---------------------------------------------------------------- norm, SwiGLU, attention
+
+def some(*size, dtype=torch.float32, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+LAYERS = {"norm": (lambda x, w: norm.rms_norm(x, w, 1e-5), lambda x, w: norm.reference(x, w, 1e-5), (3, 7, 48), (48,)),
+          "swiglu": (swiglu.swiglu, swiglu.reference, (3, 7, 96))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_and_its_gradients_err_no_more_than_what_autograd_makes_of_the_formula(layer, dtype):
+    ours, formula, *sizes = LAYERS[layer]
+    given, upstream, found = [some(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes)], None, []
+    for f, of in ((ours, dtype), (formula, dtype), (formula, torch.float64)):
+        leaves = [t.to(of).requires_grad_() for t in given]
+        y = f(*leaves)
+        upstream = some(*y.shape, dtype=dtype, seed=9) if upstream is None else upstream
+        found.append((y, *torch.autograd.grad(y, leaves, upstream.to(of))))
+    for i, (a, eager, exact) in enumerate(zip(*found)):
+        unit = torch.finfo(dtype).eps * exact.abs().max().item()
+        as_accurate(f"{layer}, {'result' if i == 0 else f'gradient {i}'}", a, eager, exact, rounding=unit)
+    assert torch.equal(ours(*given), found[0][0]), "without gradients it is the same"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows, width", [((5,), 1), ((3, 7), 48), ((2, 1, 3), 1100), ((0,), 16)])
+def test_the_kernels_of_norm_and_swiglu_err_no_more_than_eager_does(rows, width, dtype):
+    x, weight, gate_up = some(*rows, width, dtype=dtype), some(width, dtype=dtype, seed=1), some(*rows, 2 * width, dtype=dtype, seed=2)
+    exact, eager = norm.reference(x.double(), weight.double(), 1e-5), norm.reference(x, weight, 1e-5)
+    y, r = layers_triton.rms_norm(x, weight, 1e-5)
+    opened = swiglu.reference(gate_up.double())
+    assert y.shape == x.shape and r.shape == (*rows, 1) and layers_triton.swiglu(gate_up).shape == x.shape
+    if x.numel():
+        unit = 2 * torch.finfo(dtype).eps   # the interpreter cuts bf16 off where a GPU rounds
+        as_accurate("norm", y, eager, exact, rounding=unit * exact.abs().max().item())
+        as_accurate("inverse of the root mean square", r, norm.inverse_rms(x, 1e-5), norm.inverse_rms(x.double(), 1e-5), rounding=1e-6 * r.max().item())
+        as_accurate("swiglu", layers_triton.swiglu(gate_up), swiglu.reference(gate_up), opened, rounding=unit * opened.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("B, K, G, S, E, slot", [(3, 2, 3, 700, 64, 600), (2, 1, 7, 40, 32, 0), (2, 2, 1, 257, 48, 256), (2, 2, 2, 600, 128, 255), (0, 1, 1, 20, 16, 3)])
+def test_attention_of_one_query_errs_no_more_than_eager_does_wherever_the_last_key_lies(B, K, G, S, E, slot, dtype):
+    """What lies behind the last key is not a number here: it must not be read."""
+    query, keys, values = some(B, 1, K * G, E, dtype=dtype), some(B, K, S, E, dtype=dtype, seed=1), some(B, K, S, E, dtype=dtype, seed=2)
+    keys[:, :, slot + 1:], values[:, :, slot + 1:] = torch.nan, torch.nan
+    mask_BS = torch.zeros(B, S)
+    mask_BS[1:, :slot // 2] = float("-inf")
+    given = query, keys[:, :, :slot + 1], values[:, :, :slot + 1], mask_BS[:, None, None, :slot + 1]
+    exact, eager = attention.reference(*(t.double() for t in given)), attention.reference(*given[:3], given[3].to(dtype))
+    kernel = layers_triton.attend_one(query, keys, values, mask_BS, torch.tensor([slot]))
+    on_cpu = attention.attend_one(query, keys.float(), values.float(), mask_BS, torch.tensor([slot]))
+    if B:
+        for name, ours in (("kernel", kernel), ("CPU", on_cpu)):
+            as_accurate(name, ours, eager, exact, rounding=torch.finfo(dtype).eps * exact.abs().max().item())
+    assert kernel.shape == on_cpu.shape == (B, 1, K * G * E)
+
+
+def test_attention_to_nothing_but_padding_is_finite_and_logits_of_1e4_are_right():
+    keys, values, mask_BS = some(2, 1, 600, 16, seed=1) * 2500, some(2, 1, 600, 16, seed=2), torch.full((2, 600), float("-inf"))
+    mask_BS[1, 300:] = 0
+    query, slot = some(2, 1, 2, 16), torch.tensor([550])
+    ours = layers_triton.attend_one(query, keys, values, mask_BS, slot)
+    exact = attention.reference(query[1:].double(), keys[1:, :, 300:551].double(), values[1:, :, 300:551].double(), torch.zeros(1, dtype=torch.double))
+    assert torch.isfinite(ours).all()
+    measured("logits of 1e4", (ours[1] - exact[0]).abs().max(), 1e-3)
+    assert torch.equal(ours, layers_triton.attend_one(query, keys, values, mask_BS, slot)), "two runs give the same bits"
+
+
+def test_a_query_that_is_not_contiguous_passes_through_the_kernel():
+    wide, keys, values = some(3, 1, 8, 32), some(3, 2, 50, 16, seed=1), some(3, 2, 50, 16, seed=2)
+    query, mask_BS, slot = wide[:, :, 2:6, ::2], torch.zeros(3, 50), torch.tensor([49])
+    assert torch.equal(layers_triton.attend_one(query, keys, values, mask_BS, slot), layers_triton.attend_one(query.contiguous(), keys, values, mask_BS, slot))
+
+
+@pytest.mark.parametrize("T", [1, 9, 200])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "padded"])
+def test_attention_written_out_equals_fp64_and_pytorchs_routine(T, masked):
+    query, key, value = some(2, T, 6, 16), some(2, 3, T, 16, seed=1), some(2, 3, T, 16, seed=2)
+    mask = visible(torch.tensor([0, T // 3]), 0, T, torch.float32) if masked else None
+    exact = attention.reference(query.double(), key.double(), value.double(), (attention.causal(T, query) if mask is None else mask).double())
+    for name, ours in (("public", attention.attend(query, key, value, mask)), ("fused", attention.fused(query, key, value, mask))):
+        measured(f"{name}, {T} positions", (ours - exact).abs().max(), 5e-6)
+
+
 # ---------------------------------------------------------------- cross-compiled for Hopper, without a GPU
 
 @pytest.fixture(scope="module")
@@ -202,9 +290,15 @@ def compiled():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("kernel", ["forward_kernel", "gradient_kernel"])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "gradient_kernel", "norm_kernel", "swiglu_kernel", "split_kernel", "merge_kernel"])
 def test_every_kernel_compiles_for_hopper_without_spills_and_within_its_shared_memory(kernel, dtype, compiled):
     made = compiled[f"{kernel} {dtype}"]
     print(f"\n    {made}", end="")
     assert made["spilled_bytes"] == 0 and made["shared"] <= 232_448
-    assert made["tensor_cores"] == (dtype == "bf16"), "bf16 products run on tensor cores, fp32 ones keep their precision"
+    products = kernel in ("forward_kernel", "gradient_kernel", "split_kernel")
+    assert made["tensor_cores"] == (products and dtype == "bf16"), "bf16 products run on tensor cores, fp32 ones keep their precision"
+
+
+def test_every_kernel_there_is_was_compiled(compiled):
+    jitted = {f"{name} {dtype}" for file in (logprob_triton, layers_triton) for name in vars(file) if name.endswith("_kernel") for dtype in ("bf16", "fp32")}
+    assert jitted == compiled.keys()

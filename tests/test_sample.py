@@ -2,12 +2,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
+import model
 import sample as s
 from conftest import CHATML, byte_tokenizer, measured
 from kernels.logprob import log_policy
@@ -160,6 +162,37 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(tiny, monke
     apart = sample(tiny, prompts, uniform_NT, [3, 4])
     assert [r.ids for r in shared] == [r.ids for r in apart]
     measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(shared, apart)), 1e-5)
+
+
+@pytest.mark.parametrize("done", [None, lambda ids: ids[-1] % 4 == 0], ids=["to the end", "until decided"])
+def test_steps_that_are_taken_eight_at_a_time_draw_the_same(done, tiny, monkeypatch):
+    """As on a GPU, where a recorded step is replayed; here the record is the step itself."""
+    prompts, uniform_NT, stops = ragged_prompts(40), uniforms(1, 2, range(40), 0, 21), list(range(0, 160, 12))
+    monkeypatch.setattr(s, "CACHE_SLOTS", 8 * (max(map(len, prompts)) + 21))
+    singly = sample(tiny, prompts, uniform_NT, stops, done=done)
+    looks, working = [], s.Seats.working
+    monkeypatch.setattr(s.Seats, "working", lambda self: looks.append(1) or working(self))
+    monkeypatch.setattr(s.Seats, "record", lambda self: SimpleNamespace(replay=self.step))
+    at_once = sample(tiny, prompts, uniform_NT, stops, done=done)
+    assert [(r.ids, r.stopped) for r in at_once] == [(r.ids, r.stopped) for r in singly]
+    measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(at_once, singly)), 2e-5)
+    assert len(looks) < max(len(r.ids) for r in singly) * 3
+
+
+def test_a_step_asks_the_host_for_nothing_and_writes_everything_where_it_was(tiny, monkeypatch):
+    """On tensors without contents, where whoever asks for a number gets an error, as while a step is recorded on a GPU."""
+    seats = s.Seats(tiny, ragged_prompts(4), 4, uniforms(0, 0, range(4), 0, 9), [3, 5], 0.7)
+    monkeypatch.setattr(model, "attend_one", lambda query_B1HE, *rest: torch.empty_like(query_B1HE).flatten(2))   # a kernel there: test_kernels.py
+    weights = {name: p.to("meta") for name, p in tiny.named_parameters()}
+    seats.model = lambda *given, **named: torch.func.functional_call(tiny, weights, given, named)
+    for thing in (seats, seats.cache):
+        vars(thing).update({name: value.to("meta") for name, value in vars(thing).items() if isinstance(value, torch.Tensor)})
+    before = {name: id(value) for thing in (seats, seats.cache) for name, value in vars(thing).items()}
+    with torch.no_grad():
+        seats.step()
+    assert before == {name: id(value) for thing in (seats, seats.cache) for name, value in vars(thing).items()}
+    with pytest.raises(RuntimeError):
+        seats.working()
 
 
 def test_a_reply_may_end_as_soon_as_it_is_decided(tiny):
