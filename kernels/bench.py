@@ -8,25 +8,31 @@ How fast the hand-written parts are, beside what a user would install instead.
 Ours and the peers run in turns in one process, on the same tensors. Times are medians, with the distance of the quartiles; a ratio is the
 median of the ratios of neighbouring runs, so that a machine that others use too does little harm. Sizes follow the device: tiny and small
 models on a CPU, shapes of 0.5B to 8B models with random weights on a GPU. A peer that is not installed is left out, and the table says so.
-This command looks at the files above it in the list; nothing rests on it.
+A floor is what the arithmetic and the bytes of a task must take at the rates that a large product and a large copy reach in the same
+process; the ratio to it is at most about 1. This command looks at the files above it in the list; nothing rests on it.
 """
 import json
 import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from kernels.linear import keep_memory
-from kernels.logprob import token_logprob
+from kernels.attention import attend_one, reference as attention_formula
+from kernels.linear import keep_memory, linear
+from kernels.logprob import head_bytes, token_logprob
+from kernels.norm import reference as norm_formula, rms_norm
+from kernels.swiglu import reference as swiglu_formula, swiglu
 from model import Transformer, apart, load, score
-from sample import Sample, sample, uniforms
+from sample import Sample, Seats, sample, uniforms
 from selfplay import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,13 +49,17 @@ MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, inte
                                              num_attention_heads=28, num_key_value_heads=4),
                    "Llama-8B": LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                                            num_attention_heads=32, num_key_value_heads=8)}}[DEVICE.type]
+CACHES = {"cpu": [(64, 2, 2, 48, 32), (64, 3, 3, 400, 64)],                                               # rows, K, G, slots, E
+          "cuda": [(256, 8, 4, 1024, 128), (256, 4, 7, 2048, 128), (256, 2, 7, 1024, 64)]}[DEVICE.type]
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[DEVICE.type]
-ROWS, PROMPT, NEW = 64, 32, 32
+ROWS, PROMPT, NEW = {"cpu": (64, 32, 32), "cuda": (256, 512, 32)}[DEVICE.type]
 REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
 GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
          ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
          ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0,
-         ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3}
+         ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3,
+         ("cuda", "head", torch.bfloat16, "floor"): 0.68, ("cuda", "layers", torch.bfloat16, "floor"): 0.7,
+         ("cuda", "decode", torch.bfloat16, "floor"): 0.6}
 
 
 @dataclass(frozen=True)
@@ -75,19 +85,44 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def beside(section: str, what: str, dtype: torch.dtype, ours: Callable[[], object], peers: dict[str, Callable[[], object] | None],
-           note: str = "") -> list[Row]:
-    """Time ours and all peers in turns, after one round that does not count; a row for each peer."""
+           note: str = "", floor_s: float = 0.0) -> list[Row]:
+    """Time ours and all peers in turns, after one round that does not count; a row for each peer, and one for the floor if there is one."""
     acts = [ours, *(act for act in peers.values() if act)]
     rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS[sum(map(seconds, acts)) > SLOW])]
     times = dict(zip(["ours", *(name for name, act in peers.items() if act)], zip(*rounds)))
+    times |= {"floor": (floor_s * 1e3,) * len(rounds)} if floor_s else {}
     quartiles, rows = statistics.quantiles(times["ours"], n=4), []
-    for name in peers:
+    for name in [*peers, *(["floor"] if floor_s else [])]:
         row = dict(section=section, what=f"{what}, {str(dtype)[6:]}", ours_ms=statistics.median(times["ours"]), peer=name, note=note,
                    spread_ms=quartiles[2] - quartiles[0], goal=GOALS.get((DEVICE.type, section, dtype, name)))
         found = dict(peer_ms=statistics.median(times[name]), ratio=statistics.median(p / o for o, p in zip(times["ours"], times[name]))) \
             if name in times else dict(note="not installed")
         rows.append(Row(**row | found))
     return rows
+
+
+# ---------------------------------------------------------------- the ceilings
+
+@lru_cache
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a large square product of random numbers, and bytes/s, read and written, of a large copy: nothing here is faster."""
+    size, many = (8192, 2 ** 29) if DEVICE.type == "cuda" else (1024, 2 ** 26)
+    (a, b), c = torch.randn(2, size, size, device=DEVICE).to(dtype), torch.ones(many, dtype=torch.int8, device=DEVICE)
+    product, copy = (statistics.median(sorted([seconds(act) for _ in range(13)])[:5]) for act in (lambda: linear(a, b), c.clone))
+    return 2 * size ** 3 / product, 2 * many / copy
+
+
+def bench_ceilings(dtype: torch.dtype) -> list[Row]:
+    flops, bandwidth = ceilings(dtype)
+    return [Row("ceilings", str(dtype)[6:], 0.0, 0.0, note=f"product {flops / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")]
+
+
+def step_floor(model: Transformer, rows: int, context: int, dtype: torch.dtype) -> float:
+    """Seconds of a step that draws a token for each row: weights read once or multiplied, whichever is longer, and the cache read once."""
+    (flops, bandwidth), shape = ceilings(dtype), model.shape
+    weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tied else model.embed_tokens.weight.numel())
+    cache = 2 * shape.layers * rows * context * shape.kv_heads * shape.head_width * (4 if DEVICE.type == "cpu" else dtype.itemsize)
+    return max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / flops) + cache / bandwidth
 
 
 # ---------------------------------------------------------------- the head
@@ -133,18 +168,51 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
         acts = {name: forward_backward(head, hidden_ND, weight_VD, ids_N) for name, head in heads.items()}
         errors = [f"{name} {(act()[:256].double() - exact_N).abs().max():.0e}" for name, act in acts.items()]
         peers = {name: acts.get(name) for name in ("full logits", "TRL chunked")}
-        found = beside("head", f"{N} x {D} x {V}", dtype, acts["ours"], peers, "errors: " + ", ".join(errors))
-        rate = 8 * N * D * V / found[0].ours_ms / 1e9
-        rows += [*found, Row("head", f"{N} x {D} x {V}, {str(dtype)[6:]}", found[0].ours_ms, found[0].spread_ms,
-                             note=f"{rate:.2f} TFLOP/s; torch.mm alone {product_rate(dtype):.2f}")]
+        note, product_s = "errors: " + ", ".join(errors) + extra_memory(acts["ours"], N, D, V, dtype), 2 * N * D * V / ceilings(dtype)[0]
+        alone = lambda: our_head(hidden_ND.detach(), weight_VD.detach(), ids_N, 0.7)
+        rows += beside("head", f"{N} x {D} x {V}, both passes", dtype, acts["ours"], peers, note, floor_s=4 * product_s)
+        rows += beside("head", f"{N} x {D} x {V}, forward", dtype, alone, {}, floor_s=product_s)
     return rows
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """TFLOP/s of a square product of random numbers: the ceiling of everything here."""
-    size = 8192 if DEVICE.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
-    return 2 * size ** 3 / statistics.median([seconds(lambda: a @ b) for _ in range(10)][3:]) / 1e12
+def extra_memory(act: Callable[[], object], N: int, D: int, V: int, dtype: torch.dtype) -> str:
+    """What a head takes at its peak on a GPU beyond its inputs and gradients, and what the formula says."""
+    if DEVICE.type == "cpu":
+        return ""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()   # the gradients of the run before are still there, and are freed as this one begins
+    act()
+    taken, formula = torch.cuda.max_memory_allocated() - before, head_bytes(N, D, V, dtype.itemsize, "cuda")
+    return f"; extra memory {taken / 2 ** 30:.2f} GiB, by formula {formula / 2 ** 30:.2f}"
+
+
+# ---------------------------------------------------------------- the small layers
+
+def worst(ours: Tensor, exact: Tensor) -> str:
+    return f"{(ours.double() - exact).abs().max():.0e}"
+
+
+def bench_layers(dtype: torch.dtype) -> list[Row]:
+    """Attention of one query per row to a full cache, the norm and the gate, as a step of the sampler calls them. Errors against fp64."""
+    rows, bandwidth = [], ceilings(dtype)[1]
+    made = lambda *size, of=dtype: torch.randn(*size, device=DEVICE).to(of)
+    kept = torch.float32 if DEVICE.type == "cpu" else dtype
+    for B, K, G, S, E in CACHES:
+        query, keys, values, mask_BS = made(B, 1, K * G, E), made(B, K, S, E, of=kept), made(B, K, S, E, of=kept), torch.zeros(B, S, device=DEVICE)
+        slot, packed, same = torch.tensor([S - 1], device=DEVICE), query.view(B, K, G, E), (keys.to(dtype), values.to(dtype))
+        ours, theirs = lambda: attend_one(query, keys, values, mask_BS, slot), lambda: F.scaled_dot_product_attention(packed, *same)
+        exact = attention_formula(*(t[:4].double() for t in (query, keys, values)), torch.zeros(1, device=DEVICE, dtype=torch.double))
+        note = f"errors: ours {worst(ours()[:4], exact)}, PyTorch's {worst(theirs().view(B, 1, -1)[:4], exact)}"
+        rows += beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}", dtype, ours, {"PyTorch's routine": theirs}, note,
+                       floor_s=2 * keys.nbytes / bandwidth)
+    D = max(config.hidden_size for config in MODELS.values())
+    x, weight, gate_up = made(ROWS, 1, D), made(D), made(ROWS, 1, 8 * D)
+    for name, ours, eager, given in (("norm", lambda *t: rms_norm(*t, 1e-5), lambda *t: norm_formula(*t, 1e-5), (x, weight)),
+                                     ("gate", swiglu, swiglu_formula, (gate_up,))):
+        exact = eager(*(t.double() for t in given))
+        note = f"errors: ours {worst(ours(*given), exact)}, eager {worst(eager(*given), exact)}"
+        rows += beside("layers", f"{name}, {ROWS} rows, width {D}", dtype, partial(ours, *given), {"eager": partial(eager, *given)}, note)
+    return rows
 
 
 # ---------------------------------------------------------------- models
@@ -209,10 +277,32 @@ def bench_sampler(dtype: torch.dtype) -> list[Row]:
     rows = []
     for name, config in MODELS.items():
         pair = pair_of(random_model(config, dtype), dtype)
-        peers = {"generate, log-probs": lambda: pair.generate(scores=True), "generate": pair.generate,
-                 "generate, static cache": lambda: pair.generate(cache="static")}
-        rows += beside("sampler", f"{name}, {ROWS} rows, {PROMPT} + {NEW} tokens", dtype, pair.sample, peers)
+        peers = {"generate, log-probs": lambda: pair.generate(scores=True), "generate": pair.generate}
+        if DEVICE.type == "cpu" or not rows:   # on a GPU theirs is compiled first, which takes minutes: for one model
+            peers["generate, static cache"] = lambda: pair.generate(cache="static")
+        weights = sum(p.numel() for p in pair.ours.layers.parameters())
+        prompts_s = 2 * weights * sum(map(len, pair.prompts)) / ceilings(dtype)[0]
+        rows += beside("sampler", f"{name}, {ROWS} rows, {PROMPT} + {NEW} tokens", dtype, pair.sample, peers,
+                       floor_s=prompts_s + NEW * step_floor(pair.ours, ROWS, PROMPT + NEW // 2, dtype))
+        rows += bench_decode(name, pair, dtype)
     return rows
+
+
+@torch.no_grad()
+def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
+    """Steps alone, with the prompts in the cache: on a GPU, replays of the record."""
+    seats = Seats(pair.ours, sorted(pair.prompts, key=len, reverse=True), ROWS, uniforms(0, 0, range(ROWS), 0, 400), [], 1.0)
+    seats.fill()
+    for _ in range(2):
+        seats.advance()   # the first is taken as it is and recorded
+
+    def eight() -> None:
+        before = seats.cache.length
+        while seats.cache.length < before + 8:
+            seats.advance()
+    context = seats.cache.length + 8 * (REPEATS[0] // 2)
+    found = beside("decode", f"{name}, {ROWS} rows, 8 steps", dtype, eight, {}, floor_s=8 * step_floor(pair.ours, ROWS, context, dtype))
+    return [replace(row, note=f"{8 * ROWS / row.ours_ms * 1e3:,.0f} tokens a second") for row in found]
 
 
 def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
@@ -266,7 +356,8 @@ def bench_step(dtype: torch.dtype) -> list[Row]:
     return beside("step", f"{name}, {ROWS} games", dtype, ours, {"the same by transformers": theirs})
 
 
-SECTIONS = {"head": bench_head, "sampler": bench_sampler, "mismatch": bench_mismatch, "step": bench_step}
+SECTIONS = {"ceilings": bench_ceilings, "head": bench_head, "layers": bench_layers, "sampler": bench_sampler, "mismatch": bench_mismatch,
+            "step": bench_step}
 
 
 HEADER = "| section | what | ours, ms | peer | peer, ms | ratio | goal | |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -275,8 +366,9 @@ HEADER = "| section | what | ours, ms | peer | peer, ms | ratio | goal | |\n| --
 def line(row: Row) -> str:
     """A row as Markdown."""
     shown = lambda value, digits: "" if value is None else f"{value:.{digits}f}"
-    ours = f"{row.ours_ms:.0f} ± {row.spread_ms:.0f}" if row.ours_ms else ""
-    cells = (row.section, row.what, ours, row.peer, shown(row.peer_ms, 0), shown(row.ratio, 2), shown(row.goal, 2), row.note)
+    digits = 0 if row.ours_ms >= 100 else 2
+    ours = f"{row.ours_ms:.{digits}f} ± {row.spread_ms:.{digits}f}" if row.ours_ms else ""
+    cells = (row.section, row.what, ours, row.peer, shown(row.peer_ms, digits), shown(row.ratio, 2), shown(row.goal, 2), row.note)
     return f"| {' | '.join(cells)} |"
 
 

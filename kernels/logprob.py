@@ -46,9 +46,9 @@ def statistics(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature:
         target_N = z_NV.gather(-1, ids_N[:, None]).squeeze(-1)
         max_N1 = z_NV.amax(-1, keepdim=True)
         below_NV = z_NV.sub_(max_N1)
-        p_NV = below_NV.exp()
-        sum_N = p_NV.sum(-1)
-        return max_N1.squeeze(-1) + sum_N.log(), target_N, sum_N.log() - p_NV.mul_(below_NV).sum(-1) / sum_N
+        p_NV = below_NV.softmax(-1)
+        log_sum_N = -p_NV.amax(-1).log()       # the largest p is exp(0) over the sum of all
+        return max_N1.squeeze(-1) + log_sum_N, target_N, log_sum_N - torch.linalg.vecdot(p_NV, below_NV)
 
     rows, weight_VD = max(LEAST, PIECE["cpu"] // len(weight_VD)), weight_VD.float()
     return tuple(torch.cat(part) for part in zip(*map(piece, hidden_ND.split(rows), ids_N.split(rows))))
