@@ -240,7 +240,7 @@ class Seats:
         if not self.t_B.is_cuda:
             return None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):   # nothing is computed here
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # nothing is computed; other threads may use the GPU
             self.step()
         return graph
 

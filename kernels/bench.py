@@ -52,7 +52,8 @@ MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, inte
 CACHES = {"cpu": [(64, 2, 2, 48, 32), (64, 3, 3, 400, 64)],                                               # rows, K, G, slots, E
           "cuda": [(256, 8, 4, 1024, 128), (256, 4, 7, 2048, 128), (256, 2, 7, 1024, 64)]}[DEVICE.type]
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[DEVICE.type]
-ROWS, PROMPT, NEW = {"cpu": (64, 32, 32), "cuda": (256, 512, 32)}[DEVICE.type]
+ROWS, PROMPT, NEW = {"cpu": (64, 32, 32), "cuda": (128, 480, 32)}[DEVICE.type]
+TRAINED, CALLS = {"cpu": (64, 1), "cuda": (16, 50)}[DEVICE.type]   # rows of a whole step; calls of a small layer that are timed together
 REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
 GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
          ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
@@ -157,10 +158,10 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
     """Log-probability, forward and backward. The error is the largest against fp64, on the first 256 tokens."""
     rows = []
     for N, D, V in HEADS:
-        generator = torch.Generator().manual_seed(0)
-        hidden_ND = (torch.randn(N, D, generator=generator) * 25 / (3 * D ** 0.5)).to(DEVICE, dtype).requires_grad_()
-        weight_VD = torch.randn(V, D, generator=generator).to(DEVICE, dtype).requires_grad_()
-        ids_N = torch.randint(V, (N,), generator=generator).to(DEVICE)
+        made = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+        hidden_ND = (torch.randn(N, D, **made) * 25 / (3 * D ** 0.5)).to(dtype).requires_grad_()
+        weight_VD = torch.randn(V, D, **made).to(dtype).requires_grad_()
+        ids_N = torch.randint(V, (N,), **made)
         exact_NV = torch.log_softmax(hidden_ND[:256].detach().double() @ weight_VD.detach().double().T / 0.7, -1)
         exact_N = exact_NV.gather(1, ids_N[:256, None]).squeeze(1)
         trl_runs = find_spec("trl") and find_spec("accelerate") and find_spec("datasets")   # its backward pass imports its trainers
@@ -196,6 +197,7 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
     """Attention of one query per row to a full cache, the norm and the gate, as a step of the sampler calls them. Errors against fp64."""
     rows, bandwidth = [], ceilings(dtype)[1]
     made = lambda *size, of=dtype: torch.randn(*size, device=DEVICE).to(of)
+    often, times = lambda act: lambda: [act() for _ in range(CALLS)], f", {CALLS} times" if CALLS > 1 else ""
     kept = torch.float32 if DEVICE.type == "cpu" else dtype
     for B, K, G, S, E in CACHES:
         query, keys, values, mask_BS = made(B, 1, K * G, E), made(B, K, S, E, of=kept), made(B, K, S, E, of=kept), torch.zeros(B, S, device=DEVICE)
@@ -203,15 +205,16 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
         ours, theirs = lambda: attend_one(query, keys, values, mask_BS, slot), lambda: F.scaled_dot_product_attention(packed, *same)
         exact = attention_formula(*(t[:4].double() for t in (query, keys, values)), torch.zeros(1, device=DEVICE, dtype=torch.double))
         note = f"errors: ours {worst(ours()[:4], exact)}, PyTorch's {worst(theirs().view(B, 1, -1)[:4], exact)}"
-        rows += beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}", dtype, ours, {"PyTorch's routine": theirs}, note,
-                       floor_s=2 * keys.nbytes / bandwidth)
+        rows += beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}{times}", dtype, often(ours),
+                       {"PyTorch's routine": often(theirs)}, note, floor_s=CALLS * 2 * keys.nbytes / bandwidth)
     D = max(config.hidden_size for config in MODELS.values())
     x, weight, gate_up = made(ROWS, 1, D), made(D), made(ROWS, 1, 8 * D)
     for name, ours, eager, given in (("norm", lambda *t: rms_norm(*t, 1e-5), lambda *t: norm_formula(*t, 1e-5), (x, weight)),
                                      ("gate", swiglu, swiglu_formula, (gate_up,))):
         exact = eager(*(t.double() for t in given))
         note = f"errors: ours {worst(ours(*given), exact)}, eager {worst(eager(*given), exact)}"
-        rows += beside("layers", f"{name}, {ROWS} rows, width {D}", dtype, partial(ours, *given), {"eager": partial(eager, *given)}, note)
+        rows += beside("layers", f"{name}, {ROWS} rows, width {D}{times}", dtype, often(partial(ours, *given)),
+                       {"eager": often(partial(eager, *given))}, note)
     return rows
 
 
@@ -332,7 +335,7 @@ def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
 def bench_step(dtype: torch.dtype) -> list[Row]:
     """Play, score by the reference, and one update's forward and backward pass, on the smallest model: ours, and what generate costs."""
     name, config = next(iter(MODELS.items()))
-    pair = pair_of(random_model(config, dtype), dtype)
+    pair = pair_of(random_model(config, dtype), dtype, rows=TRAINED)
     pair.ours.requires_grad_(True)
     pair.theirs.requires_grad_(True)
 
@@ -353,7 +356,7 @@ def bench_step(dtype: torch.dtype) -> list[Row]:
         with torch.no_grad():
             total()
         total().backward()
-    return beside("step", f"{name}, {ROWS} games", dtype, ours, {"the same by transformers": theirs})
+    return beside("step", f"{name}, {TRAINED} games", dtype, ours, {"the same by transformers": theirs})
 
 
 SECTIONS = {"ceilings": bench_ceilings, "head": bench_head, "layers": bench_layers, "sampler": bench_sampler, "mismatch": bench_mismatch,
