@@ -117,18 +117,18 @@ class Cache:
         slot    | 0 .. shared | pad_B[b] slots, never seen | the row's own tokens ... | length
 
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use; it
-    lies on the device as length_1, from where a step of one token reads it. With it come what such a step would compute anew each time:
-    cosines and sines of all positions, and which slots are padding. Addresses stay the same until rows leave, so that a step can be recorded.
+    lies on the device as length_1, from where a step of one token reads it. What such a step would compute anew each time comes with it:
+    cosines and sines of all positions, and which slots are padding. Addresses stay until rows leave, so that a step can be recorded.
     On a CPU keys and values are kept in fp32 whatever the model: attention of single queries is faster in it than in bf16, and exact.
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
-        size = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width)
-        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=torch.float32 if pad_B.device.type == "cpu" else dtype, device=pad_B.device)
+        size, device = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width), pad_B.device
+        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
         self.pad_B, self.shared, self.slots = pad_B.clone(), shared, slots
-        self.length_1 = torch.zeros(1, dtype=torch.long, device=pad_B.device)
-        self.rotation_S2E = rotation(torch.arange(slots, device=pad_B.device), shape, dtype)
-        self.mask_BS = torch.empty(rows, slots, device=pad_B.device)
+        self.length_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.rotation_S2E = rotation(torch.arange(slots, device=device), shape, dtype)
+        self.mask_BS = torch.empty(rows, slots, device=device)
         self.hide()
 
     @property
@@ -472,7 +472,8 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def apart(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """The parameters of a Hugging Face checkpoint, under its names, from ours."""
-    rows = {"qkv_proj": [heads * shape.head_width for heads in (shape.heads, shape.kv_heads, shape.kv_heads)], "gate_up_proj": [shape.inner] * 2}
+    rows = {"qkv_proj": [heads * shape.head_width for heads in (shape.heads, shape.kv_heads, shape.kv_heads)],
+            "gate_up_proj": [shape.inner, shape.inner]}
     theirs = {}
     for key, tensor in weights.items():
         whole = key.split(".")[-2]

@@ -182,7 +182,7 @@ class Seats:
         self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
         self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
         self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
-        self.widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not every step
+        self.widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not each step
         self.recorded = None
 
     def working(self) -> int:

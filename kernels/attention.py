@@ -4,9 +4,9 @@ Softmax attention, where G query heads share a key head.
     weight_BKGTS = softmax_s(query_BKGTE . key_BKSE / sqrt(E) + mask)        out_BKGTE = weight_BKGTS value_BKSE
 
 Written out, it is two products and a softmax, and all G * T queries of a key head stand in one matrix, so that each key is read once: on a
-CPU this is twice as fast as PyTorch's routine while there are few positions, and that routine takes exponentials to 20 bits there. Over
-many positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes it down, is better, as it always is on
-a GPU. The sampler asks with one query per row of keys in a cache: for that layers_triton.py has a kernel.
+CPU this is faster than PyTorch's routine while there are few positions, and that routine takes exponentials to 20 bits there. Over many
+positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes it down, is better, as it always is on a
+GPU. The sampler asks with one query per row of keys in a cache: for that layers_triton.py has a kernel.
 """
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Te
 
 def fused(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
     """The same; without a mask it is causal over T = S, and takes no memory for one."""
-    shared = query_BTHE.shape[2] != key_BKSE.shape[1]
-    mixed_BHTE = F.scaled_dot_product_attention(query_BTHE.transpose(1, 2), key_BKSE, value_BKSE, mask, is_causal=mask is None, enable_gqa=shared)
+    mixed_BHTE = F.scaled_dot_product_attention(query_BTHE.transpose(1, 2), key_BKSE, value_BKSE, mask, is_causal=mask is None,
+                                                enable_gqa=query_BTHE.shape[2] != key_BKSE.shape[1])
     return mixed_BHTE.transpose(1, 2).flatten(2)
 
 

@@ -200,7 +200,8 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
     often, times = lambda act: lambda: [act() for _ in range(CALLS)], f", {CALLS} times" if CALLS > 1 else ""
     kept = torch.float32 if DEVICE.type == "cpu" else dtype
     for B, K, G, S, E in CACHES:
-        query, keys, values, mask_BS = made(B, 1, K * G, E), made(B, K, S, E, of=kept), made(B, K, S, E, of=kept), torch.zeros(B, S, device=DEVICE)
+        query, keys, values = made(B, 1, K * G, E), made(B, K, S, E, of=kept), made(B, K, S, E, of=kept)
+        mask_BS = torch.zeros(B, S, device=DEVICE)
         slot, packed, same = torch.tensor([S - 1], device=DEVICE), query.view(B, K, G, E), (keys.to(dtype), values.to(dtype))
         ours, theirs = lambda: attend_one(query, keys, values, mask_BS, slot), lambda: F.scaled_dot_product_attention(packed, *same)
         exact = attention_formula(*(t[:4].double() for t in (query, keys, values)), torch.zeros(1, device=DEVICE, dtype=torch.double))

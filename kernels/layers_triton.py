@@ -134,6 +134,7 @@ def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, mask_
     tile = dict(BLOCK_G=max(16, triton.next_power_of_2(G)), BLOCK_E=max(16, triton.next_power_of_2(E)))
     if B:
         split_kernel[B * K, splits](query_B1HE.contiguous(), keys_BKSE, values_BKSE, mask_BS, slot_1, mixed, largest, sums, S, K, G, E,
-                                    E ** -0.5, SPLIT=SPLIT, BLOCK_S=at_once(keys_BKSE.dtype), UPCAST=INTERPRET, num_warps=WARPS["split_kernel"], **tile)
+                                    E ** -0.5, SPLIT=SPLIT, BLOCK_S=at_once(keys_BKSE.dtype), UPCAST=INTERPRET,
+                                    num_warps=WARPS["split_kernel"], **tile)
         merge_kernel[B * K,](mixed, largest, sums, out, splits, G, E, num_warps=WARPS["merge_kernel"], **tile)
     return out
