@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SHARED = 16               # tokens that all prompts must have in common for a separate pass over them to pay
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
-PREFILL = 8192            # tokens of prompts in one pass
+PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 WORDS = 128               # words in a block of the vocabulary, see draw
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
@@ -206,7 +206,7 @@ class Seats:
         same = {}                                                # the numbers of each different prompt
         for n in new:
             same.setdefault(tuple(self.prompts[n]), []).append(n)
-        different, count = list(same), max(1, PREFILL // len(self.prompts[new[0]]))
+        different, count = list(same), max(1, PREFILL[empty_N.device.type] // len(self.prompts[new[0]]))
         for group in (different[i:i + count] for i in range(0, len(different), count)):
             small = prefill(self.model, self.common, [list(p) for p in group])
             pairs = [(row[n], i) for i, p in enumerate(group) for n in same[p]]

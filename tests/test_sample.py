@@ -88,7 +88,7 @@ def test_a_prompt_that_occurs_several_times_is_run_once(tiny, monkeypatch):
 def test_many_prompts_are_run_a_few_at_a_time_and_nothing_changes(tiny, monkeypatch):
     prompts, uniform_NT = ragged_prompts(16), uniforms(1, 2, range(16), 0, 9)
     whole = sample(tiny, prompts, uniform_NT, [3])
-    monkeypatch.setattr(s, "PREFILL", 30)
+    monkeypatch.setitem(s.PREFILL, "cpu", 30)
     assert [r.ids for r in sample(tiny, prompts, uniform_NT, [3])] == [r.ids for r in whole]
 
 
