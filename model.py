@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attend, attend_one
+from kernels.attention import attend, attend_one, precision
 from kernels.linear import linear, unrounded
 from kernels.logprob import token_logprob
 from kernels.norm import rms_norm
@@ -119,12 +119,12 @@ class Cache:
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use; it
     lies on the device as length_1, from where a step of one token reads it. What such a step would compute anew each time comes with it:
     cosines and sines of all positions, and which slots are padding. Addresses stay until rows leave, so that a step can be recorded.
-    On a CPU keys and values are kept in fp32 whatever the model: attention of single queries is faster in it than in bf16, and exact.
+    Keys and values are kept in the precision of attention, which for bf16 models on a CPU is fp64.
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size, device = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width), pad_B.device
-        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=torch.float32 if device.type == "cpu" else dtype, device=device)
+        self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=precision(dtype, device), device=device)
         self.pad_B, self.shared, self.slots = pad_B.clone(), shared, slots
         self.length_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.rotation_S2E = rotation(torch.arange(slots, device=device), shape, dtype)
@@ -154,10 +154,10 @@ class Cache:
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new slots; return all its slots so far. `length` moves once all layers have written."""
-        begin, end, dtype = self.length, self.length + key_BKTE.shape[2], key_BKTE.dtype
+        begin, end = self.length, self.length + key_BKTE.shape[2]
         keys_BKSE, values_BKSE = self.key_LBKSE[layer], self.value_LBKSE[layer]
         keys_BKSE[:, :, begin:end], values_BKSE[:, :, begin:end] = key_BKTE, value_BKTE
-        return keys_BKSE[:, :, :end].to(dtype), values_BKSE[:, :, :end].to(dtype)
+        return keys_BKSE[:, :, :end], values_BKSE[:, :, :end]
 
     def append_one(self, layer: int, key_BK1E: Tensor, value_BK1E: Tensor) -> tuple[Tensor, Tensor]:
         """Write one slot of one layer, and return all its slots, used or not; the host does not learn which it was."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from kernels.attention import attend_one, reference as attention_formula
+from kernels.attention import attend_one, precision, reference as attention_formula
 from kernels.linear import keep_memory, linear
 from kernels.logprob import head_bytes, token_logprob
 from kernels.norm import reference as norm_formula, rms_norm
@@ -122,7 +122,7 @@ def step_floor(model: Transformer, rows: int, context: int, dtype: torch.dtype) 
     """Seconds of a step that draws a token for each row: weights read once or multiplied, whichever is longer, and the cache read once."""
     (flops, bandwidth), shape = ceilings(dtype), model.shape
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tied else model.embed_tokens.weight.numel())
-    cache = 2 * shape.layers * rows * context * shape.kv_heads * shape.head_width * (4 if DEVICE.type == "cpu" else dtype.itemsize)
+    cache = 2 * shape.layers * rows * context * shape.kv_heads * shape.head_width * precision(dtype, DEVICE).itemsize
     return max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / flops) + cache / bandwidth
 
 
@@ -198,7 +198,7 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
     rows, bandwidth = [], ceilings(dtype)[1]
     made = lambda *size, of=dtype: torch.randn(*size, device=DEVICE).to(of)
     often, times = lambda act: lambda: [act() for _ in range(CALLS)], f", {CALLS} times" if CALLS > 1 else ""
-    kept = torch.float32 if DEVICE.type == "cpu" else dtype
+    kept = precision(dtype, DEVICE)
     for B, K, G, S, E in CACHES:
         query, keys, values = made(B, 1, K * G, E), made(B, K, S, E, of=kept), made(B, K, S, E, of=kept)
         mask_BS = torch.zeros(B, S, device=DEVICE)

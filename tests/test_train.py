@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 import train
 from conftest import byte_tokenizer, measured
 from launch import finished, start
+from kernels import attention
 from model import Cache, load, new_model, save, score
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, Play, Reply, Turn, pack
@@ -333,7 +334,8 @@ def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_i
                                     Qwen3Config(hidden_size=128, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=64, num_hidden_layers=3, vocab_size=64)],
                          ids=lambda c: c.model_type)
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute):
+def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute, monkeypatch):
+    monkeypatch.setattr(attention, "precision", lambda dtype, device: dtype)   # as on a GPU, for which the plan is
     model, kept = new_model(config, 0).to(torch.bfloat16), {}
     model.recompute, own = recompute, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
