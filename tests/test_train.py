@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 import train
 from conftest import byte_tokenizer, measured
-from launch import finished, start
 from kernels import attention
+from launch import finished, start
 from model import Cache, load, new_model, save, score
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, Play, Reply, Turn, pack
