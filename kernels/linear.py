@@ -7,7 +7,8 @@ The product that a transformer mostly consists of, and its gradients.
 On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. MKL does not use all of a processor that
 Intel has not made: on one core of an EPYC with AVX-512 we measured 65 to 100 GFLOP/s of it, and 130 to 220 of oneDNN. Both add in fp32; by
 the order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100). So fp32
-products go to oneDNN here, by the operator that torch.compile uses for them; all others stay where they are.
+products go to oneDNN here, by the operator that torch.compile uses for them; all others stay where they are. What else makes a CPU slow, the
+C library's way with memory, is mended here, too.
 """
 import ctypes
 import sys
@@ -45,6 +46,12 @@ def onednn(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(x, weight_MD, bias_M, "none", [], "")
 
 
+def onednn_gradient(upstream: Tensor, x: Tensor, weight_MD: Tensor) -> Tensor:
+    """upstream.T @ x over all rows, [M, D], like the weight; by the function above both factors would first be transposed."""
+    both = upstream.flatten(0, -2).to_mkldnn(), x.flatten(0, -2).to_mkldnn()
+    return torch.ops.aten.mkldnn_linear_backward_weights(*both, weight_MD, False)[0]
+
+
 class Linear(torch.autograd.Function):
     """`linear` with its three gradients, each again one product."""
 
@@ -57,11 +64,8 @@ class Linear(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight_MD = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        grad_x, grad_weight_MD, grad_bias_M = onednn(upstream, weight_MD.T) if for_x else None, None, None
-        if for_weight:   # by `onednn`, both factors would first be transposed
-            both = upstream.flatten(0, -2).to_mkldnn(), x.flatten(0, -2).to_mkldnn()
-            grad_weight_MD, grad_bias_M = torch.ops.aten.mkldnn_linear_backward_weights(*both, weight_MD, for_bias)
-        return grad_x, grad_weight_MD, grad_bias_M if for_bias else None
+        return (onednn(upstream, weight_MD.T) if for_x else None, onednn_gradient(upstream, x, weight_MD) if for_weight else None,
+                upstream.flatten(0, -2).sum(0) if for_bias else None)
 
 
 # ---------------------------------------------------------------- what everybody calls

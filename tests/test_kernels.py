@@ -31,6 +31,10 @@ def inputs(N, D=32, V=1153, dtype=torch.float32, scale=1.0):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.randint(V, (N,), generator=generator)
 
 
+def some(*size, dtype=torch.float32, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 @pytest.mark.parametrize("N", [1, 7, 8, 20])
 def test_log_probability_and_entropy_equal_fp64_for_every_number_of_chunks(N, monkeypatch):
     monkeypatch.setitem(PIECE, "cpu", 8 * 1153)
@@ -115,6 +119,19 @@ def test_a_product_and_its_gradients_err_little_more_than_eagers(shape, M):
     assert torch.equal(product.linear(x, weight, bias), results[0][0]), "without gradients it is the same product"
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_a_product_has_the_gradients_that_are_asked_for_and_no_others(wanted):
+    """0: of x, 1: of the weights, 2: of the bias, which may learn while the weights are frozen."""
+    given = [some(700, 64), some(96, 64, seed=1), some(96, seed=2)]
+    ours, exact = ([t.to(dtype, copy=True).requires_grad_(i in wanted) for i, t in enumerate(given)] for dtype in (torch.float32, torch.float64))
+    product.linear(*ours).square().sum().backward()
+    product.reference(*exact).square().sum().backward()
+    for i, (a, b) in enumerate(zip(ours, exact)):
+        assert (a.grad is not None) == (i in wanted)
+        if i in wanted:
+            measured(f"gradient {i}", (a.grad - b.grad).abs().max() / b.grad.abs().max(), 1e-5)
+
+
 @pytest.mark.skipif(not product.HAS_ONEDNN, reason="this build of PyTorch has no oneDNN")
 def test_large_fp32_products_on_a_cpu_go_to_onednn_and_small_and_bf16_ones_do_not():
     def operators(x, weight):
@@ -194,10 +211,6 @@ def test_two_runs_of_the_kernel_give_the_same_bits():
 
 
 # ---------------------------------------------------------------- norm, SwiGLU, attention
-
-def some(*size, dtype=torch.float32, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
 
 LAYERS = {"norm": (lambda x, w: norm.rms_norm(x, w, 1e-5), lambda x, w: norm.reference(x, w, 1e-5), (3, 7, 48), (48,)),
           "swiglu": (swiglu.swiglu, swiglu.reference, (3, 7, 96))}
