@@ -31,11 +31,28 @@ def causal(T: int, like: Tensor) -> Tensor:
     return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
+class Logits(torch.autograd.Function):
+    """
+    query_BKNE . key_BKSE, [B, K, N, S], summed in fp64. Rounding a logit of 50 moves its weight by as much as it moves the logit, 4e-6; so
+    the sampler and the trainer, which sum in different orders, get the same logits to the bit. Gradients are summed as usual.
+    """
+
+    @staticmethod
+    def forward(ctx, query_BKNE: Tensor, key_BKSE: Tensor) -> Tensor:
+        ctx.save_for_backward(query_BKNE, key_BKSE)
+        return (query_BKNE.double() @ key_BKSE.double().mT).to(query_BKNE.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream_BKNS: Tensor) -> tuple[Tensor, Tensor]:
+        query_BKNE, key_BKSE = ctx.saved_tensors
+        return upstream_BKNS @ key_BKSE, upstream_BKNS.mT @ query_BKNE
+
+
 def reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:
     """The definition, [B, T, H * E]; the mask, of zeros and minus infinities, is one of [B, 1, T, S] or broadcasts to it."""
     (B, T, H, E), (K, S) = query_BTHE.shape, key_BKSE.shape[1:3]
     query_BKNE = query_BTHE.transpose(1, 2).reshape(B, K, H // K * T, E)             # N = G * T, positions innermost
-    logit_BHTS = (query_BKNE @ key_BKSE.mT * E ** -0.5).view(B, H, T, S) + mask
+    logit_BHTS = (Logits.apply(query_BKNE, key_BKSE) * E ** -0.5).view(B, H, T, S) + mask
     mixed_BKNE = logit_BHTS.softmax(-1).view(B, K, H // K * T, S) @ value_BKSE
     return mixed_BKNE.view(B, H, T, E).transpose(1, 2).flatten(2)
 
