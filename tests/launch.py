@@ -6,6 +6,7 @@ Runs of train.py whose processes start in a tenth of a second: forked from a ser
 """
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -76,4 +77,5 @@ def finished(run: Run, timeout: float = 200) -> Done:
         process.join()
     failed = failed or next((process for process in run.ranks if process.exitcode), None)
     text = {name: "".join(file.read_text() for file in sorted(run.printed.glob(f"{name}_*"))) for name in ("stdout", "stderr")}
+    shutil.rmtree(run.printed)
     return Done(failed.exitcode if failed else 0, **text)

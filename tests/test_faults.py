@@ -266,24 +266,34 @@ def test_what_a_resumed_run_may_change_is_said_and_what_it_may_not_is_refused(ru
 
 # ---------------------------------------------------------------- chaos
 
+def says_when_met(file, number):
+    """In a rank, before it starts: leave a file once the ranks have met."""
+    def setup(cfg, real=train.setup):
+        ranks = real(cfg)
+        Path(f"{file}_{number}").touch()
+        return ranks
+    train.setup = setup
+
+
 def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbed_run(runs):
     """
-    Kills in a start, after a step, and, every second one, in a save. A start's hits all ranks: before they have met, only torchrun knows of a
-    death. Others hit all or one, and then the rest end by themselves.
+    Kills in a start, after a step, and, every second one, in a save. Each hits all ranks, or one, and then the others end by themselves; but
+    all where they have not met yet: then only torchrun can know of a death.
     """
     args, rng, out = ["--steps", "60", "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos"
     begun, torn = time.monotonic(), 0
     succeeds(*args, "--out", runs / "calm", ranks=2)
     for kill in range(25):
         before, born = train.newest_complete(out), time.time()
-        life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2)
+        life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2, partial(says_when_met, runs / f"met_{kill}"))
         done = int(before.name.removeprefix("step_")) if before else 0
         saving = lambda: any(folder.stat().st_mtime > born for folder in out.glob("partial_*"))
         moment = {0: lambda: True, 2: lambda: lines_logged(out) >= done + 2}.get(kill % 4, saving)   # never late enough for all 60 steps
         while life.ranks[0].is_alive() and not moment():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05 if kill % 4 else 1.0))
-        for process in life.ranks if kill % 4 == 0 or rng.random() < 0.5 else [life.ranks[rng.integers(2)]]:
+        met = len(list(runs.glob(f"met_{kill}_*"))) == 2
+        for process in life.ranks if rng.random() < 0.5 or not met else [life.ranks[rng.integers(2)]]:
             process.kill()
         for process in life.ranks:
             process.join(30)
