@@ -35,6 +35,7 @@ SHARED = 16               # tokens that all prompts must have in common for a se
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 WORDS = 128               # words in a block of the vocabulary, see draw
+COMPANY = 8               # rows for each thread of a CPU that a batch keeps: with a few less, products add in another order than the trainer's
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
@@ -183,7 +184,7 @@ class Seats:
         self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
         self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
         self.widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not each step
-        self.recorded = None
+        self.recorded, self.least = None, 0 if device.type == "cuda" else COMPANY * torch.get_num_threads()
 
     def working(self) -> int:
         """Seats that are taken. To ask is to wait for a GPU."""
@@ -216,8 +217,9 @@ class Seats:
         self.next_B[taken_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
 
     def shrink(self) -> None:
-        """Empty seats leave."""
+        """Empty seats leave, but for those that keep a small batch company."""
         stays_B = self.number_B < self.N
+        stays_B |= (~stays_B).cumsum(0) <= self.least - int(stays_B.sum())
         self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
         self.cache.keep(stays_B)
         self.recorded = None
@@ -272,7 +274,7 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     while working or seats.seated < seats.N:
         if seats.seated < seats.N and working <= rows - max(1, rows // 8):
             seats.fill()
-        elif seats.seated == seats.N and working <= len(seats.number_B) // 2:
+        elif seats.seated == seats.N and max(working, seats.least) <= len(seats.number_B) // 2:
             seats.shrink()
         if seats.cache.length == seats.cache.slots:
             seats.make_room()

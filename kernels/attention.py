@@ -8,6 +8,9 @@ CPU this is faster than PyTorch's routine while there are few positions, and tha
 positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes it down, is better, as it always is on a
 GPU. The sampler asks with one query per row of keys in a cache: for that layers_triton.py has a kernel.
 
+With fewer than four queries in one matrix, the products of a CPU add in another order than with many, and are slower. So the sampler fills up
+with zeros, and gets the logits of the trainer to the bit: rounding one of 50 moves its weight by as much as it moves the logit, 4e-6.
+
 A CPU attends in fp64 for bf16 models. Rows of all other products there are the same to the bit in whatever company, but the sums of
 attention run in another order in the sampler than in the trainer; in fp32 that turns a bf16 the other way now and then, and thirty layers
 make of it log-probabilities that differ by .03 (SmolLM2). In fp64 it never does: they differ by 5e-7, which is the head's fp32.
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 128    # positions
+LEAST = 4    # queries in a product
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -31,30 +35,24 @@ def causal(T: int, like: Tensor) -> Tensor:
     return torch.full((T, T), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
-class Logits(torch.autograd.Function):
-    """
-    query_BKNE . key_BKSE, [B, K, N, S], summed in fp64. Rounding a logit of 50 moves its weight by as much as it moves the logit, 4e-6; so
-    the sampler and the trainer, which sum in different orders, get the same logits to the bit. Gradients are summed as usual.
-    """
-
-    @staticmethod
-    def forward(ctx, query_BKNE: Tensor, key_BKSE: Tensor) -> Tensor:
-        ctx.save_for_backward(query_BKNE, key_BKSE)
-        return (query_BKNE.double() @ key_BKSE.double().mT).to(query_BKNE.dtype)
-
-    @staticmethod
-    def backward(ctx, upstream_BKNS: Tensor) -> tuple[Tensor, Tensor]:
-        query_BKNE, key_BKSE = ctx.saved_tensors
-        return upstream_BKNS @ key_BKSE, upstream_BKNS.mT @ query_BKNE
-
-
 def reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:
     """The definition, [B, T, H * E]; the mask, of zeros and minus infinities, is one of [B, 1, T, S] or broadcasts to it."""
     (B, T, H, E), (K, S) = query_BTHE.shape, key_BKSE.shape[1:3]
-    query_BKNE = query_BTHE.transpose(1, 2).reshape(B, K, H // K * T, E)             # N = G * T, positions innermost
-    logit_BHTS = (Logits.apply(query_BKNE, key_BKSE) * E ** -0.5).view(B, H, T, S) + mask
+    query_BKNE = (query_BTHE * E ** -0.5).transpose(1, 2).reshape(B, K, H // K * T, E)   # N = G * T, positions innermost
+    logit_BHTS = (query_BKNE @ key_BKSE.mT).view(B, H, T, S) + mask
     mixed_BKNE = logit_BHTS.softmax(-1).view(B, K, H // K * T, S) @ value_BKSE
     return mixed_BKNE.view(B, H, T, E).transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------- the same for one query per row, on a CPU
+
+def one_query(query_B1HE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """The same, [B, 1, H * E], without a gradient."""
+    (B, _, H, E), K = query_B1HE.shape, key_BKSE.shape[1]
+    query_BKGE = (query_B1HE * E ** -0.5).view(B, K, H // K, E)
+    query_BKGE = F.pad(query_BKGE, (0, 0, 0, max(0, LEAST - H // K)))
+    logit_BKGS = (query_BKGE @ key_BKSE.mT).add_(mask_BS[:, None, None])
+    return (logit_BKGS.softmax(-1) @ value_BKSE)[:, :, :H // K].reshape(B, 1, H * E)
 
 
 # ---------------------------------------------------------------- the same by PyTorch's routine
@@ -86,5 +84,5 @@ def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, mask_
         from kernels import layers_triton
         return layers_triton.attend_one(query_B1HE, keys_BKSE, values_BKSE, mask_BS, slot_1)
     end = int(slot_1) + 1
-    seen = keys_BKSE[:, :, :end], values_BKSE[:, :, :end], mask_BS[:, None, None, :end]
-    return reference(query_B1HE.to(keys_BKSE.dtype), *seen).to(query_B1HE.dtype)
+    seen = keys_BKSE[:, :, :end], values_BKSE[:, :, :end], mask_BS[:, :end]
+    return one_query(query_B1HE.to(keys_BKSE.dtype), *seen).to(query_B1HE.dtype)

@@ -4,11 +4,16 @@ The product that a transformer mostly consists of, and its gradients.
     y_NM       = x_ND @ weight_MD.T + bias_M
     grad_x_ND  = upstream_NM @ weight_MD,   grad_weight_MD = upstream_NM.T @ x_ND,   grad_bias_M = sum_n upstream_NM
 
-On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. MKL does not use all of a processor that
-Intel has not made: on one core of an EPYC with AVX-512 we measured 65 to 100 GFLOP/s of it, and 130 to 220 of oneDNN. Both add in fp32; by
-the order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100). So fp32
-products go to oneDNN here, by the operator that torch.compile uses for them; all others stay where they are. What else makes a CPU slow, the
-C library's way with memory, is mended here, too.
+On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. Which one is fast, the processor decides:
+
+    AVX-512, not by Intel    MKL does not use all of it: on one core of an EPYC we measured 65 to 100 GFLOP/s of MKL, 130 to 220 of oneDNN.
+                             Large fp32 products go to oneDNN, by the operator that torch.compile uses for them. Both add in fp32; by the
+                             order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100)
+    AVX2 alone               MKL 75 to 84 of at most 100, oneDNN 50 to 75, and some milliseconds for each new shape: MKL
+    no bf16 arithmetic       oneDNN's bf16 products run at 1 to 10 GFLOP/s: factors are widened to fp32, which loses nothing, and the result
+                             is rounded to bf16, as it would have been
+
+What else makes a CPU slow, the C library's way with memory, is mended here, too.
 """
 import ctypes
 import sys
@@ -18,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+BY_ONEDNN = HAS_ONEDNN and torch.cpu._is_avx512_supported()   # large fp32 products
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 SMALLEST = 2 ** 20    # multiplications from which on the better product makes up for the longer way to it
 
 
@@ -70,12 +77,19 @@ class Linear(torch.autograd.Function):
 
 # ---------------------------------------------------------------- what everybody calls
 
+def widened(t: Tensor | None) -> Tensor | None:
+    """The same numbers in a precision that this device can multiply in."""
+    narrow = t is not None and t.device.type == "cpu" and t.dtype.itemsize < 4
+    return t.float() if narrow and not HAS_BF16 else t
+
+
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias over the last dimension, [..., D] to [..., M]."""
-    if not (HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
-        return reference(x, weight_MD, bias_M)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_MD, bias_M))
-    return Linear.apply(x, weight_MD, bias_M) if needs_gradient else onednn(x, weight_MD, bias_M)
+    """x @ weight.T + bias over the last dimension, [..., D] to [..., M], in the precision of x."""
+    given = widened(x), widened(weight_MD), widened(bias_M)
+    if not (BY_ONEDNN and x.device.type == "cpu" and given[0].dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
+        return reference(*given).to(x.dtype)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return (Linear.apply if needs_gradient else onednn)(*given).to(x.dtype)
 
 
 def unrounded(x_ND: Tensor, weight_MD: Tensor) -> Tensor:

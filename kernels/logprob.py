@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import linear
+from kernels.linear import HAS_BF16, linear, widened
 
 PIECE = {"cpu": 2 ** 20, "cuda": 2 ** 27}   # logits, or gradients of logits, that exist at the same time
 LEAST = 256                                 # rows or columns of such a piece at least: thin matrix products are slow
@@ -86,8 +86,11 @@ def head_bytes(N: int, D: int, V: int, element: int, device_type: str) -> int:
     """
     Bytes that both passes over N tokens take at their peak, beyond the inputs, of `element` bytes a number, and the gradients that they
     return: the fp32 sum for the hidden states, and a slice of the gradients of logits. A CPU widens its factors to fp32, and keeps
-    products; its forward pass needs two pieces of logits, and the output matrix in fp32.
+    products; its forward pass needs two pieces of logits, and the output matrix in fp32. One that cannot multiply in bf16 does all of it in
+    fp32, and rounds gradients at the end.
     """
+    if device_type == "cpu" and element < 4 and not HAS_BF16:
+        return 8 * (N + V) * D + head_bytes(N, D, V, 4, device_type)
     C, rows, narrow = min(V, slice_width(N, device_type)), min(N, max(LEAST, PIECE["cpu"] // V)), element < 4
     sums = 4 * N * D * narrow
     if device_type != "cpu":
@@ -138,4 +141,4 @@ def token_logprob(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperatu
     log p(ids[n] | hidden[n]) and the entropy of that distribution in nats, both fp32 [N]. Any float dtype goes in; N may be 0.
     The log-probability carries gradients to `hidden_ND` and `weight_VD`; the entropy is a measurement and carries none.
     """
-    return TokenLogprob.apply(hidden_ND, weight_VD, ids_N, temperature, engine(hidden_ND.device.type))
+    return TokenLogprob.apply(widened(hidden_ND), widened(weight_VD), ids_N, temperature, engine(hidden_ND.device.type))

@@ -105,8 +105,10 @@ def test_the_heads_of_8b_models_take_at_most_600_mib_for_16k_tokens_on_a_gpu():
 
 # ---------------------------------------------------------------- the product
 
+@pytest.mark.parametrize("by_onednn", [False, True] if product.HAS_ONEDNN else [False], ids=["MKL", "oneDNN"] if product.HAS_ONEDNN else ["MKL"])
 @pytest.mark.parametrize("shape, M", [((4, 5, 16), 24), ((3, 200, 96), 80), ((700, 33), 129)], ids=["small", "three dimensions", "odd sizes"])
-def test_a_product_and_its_gradients_err_little_more_than_eagers(shape, M):
+def test_a_product_and_its_gradients_err_little_more_than_eagers(shape, M, by_onednn, monkeypatch):
+    monkeypatch.setattr(product, "BY_ONEDNN", by_onednn)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, upstream = (torch.randn(size, generator=generator) for size in (shape, (M, shape[-1]), (M,), (*shape[:-1], M)))
     results = []
@@ -120,8 +122,9 @@ def test_a_product_and_its_gradients_err_little_more_than_eagers(shape, M):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-def test_a_product_has_the_gradients_that_are_asked_for_and_no_others(wanted):
+def test_a_product_has_the_gradients_that_are_asked_for_and_no_others(wanted, monkeypatch):
     """0: of x, 1: of the weights, 2: of the bias, which may learn while the weights are frozen."""
+    monkeypatch.setattr(product, "BY_ONEDNN", product.HAS_ONEDNN)
     given = [some(700, 64), some(96, 64, seed=1), some(96, seed=2)]
     ours, exact = ([t.to(dtype, copy=True).requires_grad_(i in wanted) for i, t in enumerate(given)] for dtype in (torch.float32, torch.float64))
     product.linear(*ours).square().sum().backward()
@@ -133,14 +136,31 @@ def test_a_product_has_the_gradients_that_are_asked_for_and_no_others(wanted):
 
 
 @pytest.mark.skipif(not product.HAS_ONEDNN, reason="this build of PyTorch has no oneDNN")
-def test_large_fp32_products_on_a_cpu_go_to_onednn_and_small_and_bf16_ones_do_not():
+def test_where_onednn_is_faster_large_fp32_products_go_to_it_and_small_and_bf16_ones_do_not(monkeypatch):
     def operators(x, weight):
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             product.linear(x, weight)
         return {event.name for event in seen.events()}
+    monkeypatch.setattr(product, "BY_ONEDNN", True)
+    monkeypatch.setattr(product, "HAS_BF16", True)
     large, small = torch.ones(256, 128), torch.ones(2, 128)
     assert "mkldnn::_linear_pointwise" in operators(large, torch.ones(128, 128))
-    assert not any("mkldnn" in name for x, w in ((small, torch.ones(128, 128)), (large.bfloat16(), torch.ones(128, 128).bfloat16())) for name in operators(x, w))
+    assert not any("_linear_pointwise" in name for x, w in ((small, torch.ones(128, 128)), (large.bfloat16(), torch.ones(128, 128).bfloat16())) for name in operators(x, w))
+    monkeypatch.setattr(product, "BY_ONEDNN", False)
+    assert not any("mkldnn" in name for name in operators(large, torch.ones(128, 128)))
+
+
+def test_where_a_cpu_cannot_multiply_in_bf16_factors_are_widened_and_only_the_result_is_rounded(monkeypatch):
+    monkeypatch.setattr(product, "HAS_BF16", False)
+    given = [some(50, 64, dtype=torch.bfloat16), some(96, 64, dtype=torch.bfloat16, seed=1), some(96, dtype=torch.bfloat16, seed=2)]
+    found = []
+    for f, dtype in ((product.linear, torch.bfloat16), (product.reference, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        y = f(*leaves)
+        found.append((y, *torch.autograd.grad(y, leaves, some(50, 96, seed=3).bfloat16().to(dtype))))
+    for name, ours, exact in zip(("product", "gradient of x", "of the weights", "of the bias"), *found):
+        assert ours.dtype == torch.bfloat16
+        measured(f"{name}, in roundings of the largest", (ours.double() - exact).abs().max() / exact.abs().max() * 2 ** 8, 1.0)
 
 
 def on_gpu_path(hidden, weight, ids, temperature):
