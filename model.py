@@ -244,7 +244,7 @@ def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
     """Rotate each pair (x[e], x[e + E/2]) by its position's angle: the layout of Hugging Face checkpoints."""
     cos_BT1E, sin_BT1E = rotation_BT2E.split(1, dim=-2)
     low, high = x_BTHE.chunk(2, dim=-1)
-    return x_BTHE * cos_BT1E + torch.cat((high, low), dim=-1) * sin_BT1E
+    return torch.cat((high, low), dim=-1).mul_(sin_BT1E).addcmul_(x_BTHE, cos_BT1E)
 
 
 class Linear(nn.Linear):

@@ -77,19 +77,24 @@ class Linear(torch.autograd.Function):
 
 # ---------------------------------------------------------------- what everybody calls
 
+def is_narrow(t: Tensor) -> bool:
+    """Whether the device cannot multiply in this tensor's precision."""
+    return not HAS_BF16 and t.dtype.itemsize < 4 and t.device.type == "cpu"
+
+
 def widened(t: Tensor | None) -> Tensor | None:
-    """The same numbers in a precision that this device can multiply in."""
-    narrow = t is not None and t.device.type == "cpu" and t.dtype.itemsize < 4
-    return t.float() if narrow and not HAS_BF16 else t
+    """The same numbers in a precision that the device can multiply in."""
+    return t.float() if t is not None and is_narrow(t) else t
 
 
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias over the last dimension, [..., D] to [..., M], in the precision of x."""
-    given = widened(x), widened(weight_MD), widened(bias_M)
-    if not (BY_ONEDNN and x.device.type == "cpu" and given[0].dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
-        return reference(*given).to(x.dtype)
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return (Linear.apply if needs_gradient else onednn)(*given).to(x.dtype)
+    if is_narrow(x):
+        return linear(widened(x), widened(weight_MD), widened(bias_M)).to(x.dtype)
+    if not (BY_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
+        return reference(x, weight_MD, bias_M)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_MD, bias_M))
+    return Linear.apply(x, weight_MD, bias_M) if needs_gradient else onednn(x, weight_MD, bias_M)
 
 
 def unrounded(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
