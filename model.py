@@ -167,19 +167,24 @@ class Cache:
         return keys_BKSE, values_BKSE
 
     def place(self, row_N: Tensor, from_N: Tensor, other: Cache) -> None:
-        """These rows take over the own tokens of rows from_N of another cache with the same prefix; they end at the present length."""
+        """
+        These rows take over the tokens of rows from_N of another cache, which end at the present length. The other one's rows may have more
+        in common than the prefix of this one: that goes in front of each row's own tokens.
+        """
         length, others = self.length, other.length
-        begin = length - (others - other.shared)
-        self.key_LBKSE[:, row_N, :, begin:length] = other.key_LBKSE[:, from_N, :, other.shared:others]
-        self.value_LBKSE[:, row_N, :, begin:length] = other.value_LBKSE[:, from_N, :, other.shared:others]
+        begin, more = length - (others - other.shared), other.shared - self.shared
         self.pad_B[row_N] = other.pad_B[from_N] + length - others
+        slot_NX = self.shared + self.pad_B[row_N, None] + torch.arange(more, device=row_N.device)
+        for ours_LBKSE, theirs_LBKSE in ((self.key_LBKSE, other.key_LBKSE), (self.value_LBKSE, other.value_LBKSE)):
+            ours_LBKSE[:, row_N, :, begin:length] = theirs_LBKSE[:, from_N, :, other.shared:others]
+            ours_LBKSE[:, row_N[:, None], :, slot_NX] = theirs_LBKSE[:, 0, :, self.shared:other.shared].permute(2, 0, 1, 3)   # XLKE
         self.hide()
 
     def slide(self, by: int) -> None:
-        """Move all own tokens `by` slots to the front, into padding, so that new ones find room behind them."""
+        """Move all tokens `by` slots to the front, into padding, so that new ones find room behind them."""
         length = self.length
         for block_BKSE in (*self.key_LBKSE, *self.value_LBKSE):
-            block_BKSE[:, :, self.shared:length - by] = block_BKSE[:, :, self.shared + by:length].clone()
+            block_BKSE[:, :, :length - by] = block_BKSE[:, :, by:length].clone()
         self.pad_B.sub_(by).clamp_(min=0)
         self.length_1 -= by
         self.hide()

@@ -31,7 +31,7 @@ from model import Cache, Transformer, last_logits, load, open_tokenizer, stop_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARED = 16               # tokens that all prompts must have in common for a separate pass over them to pay
+WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 WORDS = 128               # words in a block of the vocabulary, see draw
@@ -142,25 +142,37 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return (block_B1 * WORDS + invert(inside_BW, point_B1 - before_B1)[0]).squeeze(1)
 
 
-def common_part(model: Transformer, prompts: list[list[int]]) -> Cache:
-    """A cache of one row with what all prompts begin with, such as an instruction, where that is long enough to be run apart."""
-    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
-    shared = shared if shared >= SHARED and len(prompts) > 1 else 0
+def instructions(prompts: list[tuple[int, ...]], known: int = 0) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What each of these different prompts has in common with others, and what is worth a pass of its own, beyond `known` tokens that are."""
+    alike, branches = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1), {}
+    if (len(prompts) - 1) * (alike - known) >= WORTH:
+        known = alike
+    for prompt in prompts:
+        branches.setdefault(prompt[:alike + 1], []).append(prompt)
+    hopeful = [some for some in branches.values() if len(branches) > 1 and (len(some) - 1) * (max(map(len, some)) - known) >= WORTH]
+    found = {prompt: prompt[:known] for prompt in prompts}
+    for some in hopeful:
+        found |= instructions(some, known)
+    return found
+
+
+def begin(model: Transformer, prefix: tuple[int, ...]) -> Cache:
+    """A cache of one row with these tokens."""
     weight_VD = model.embed_tokens.weight
-    common = Cache(model.shape, 1, shared, torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
-    if shared:
-        model(torch.tensor([prompts[0][:shared]], device=weight_VD.device), None, cache=common)
-    return common
+    cache = Cache(model.shape, 1, len(prefix), torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
+    if prefix:
+        model(torch.tensor([prefix], device=weight_VD.device), None, cache=cache)
+    return cache
 
 
-def prefill(model: Transformer, common: Cache, prompts: list[list[int]]) -> Cache:
-    """A cache of these prompts, longest first, all but the last token of each, which the next step runs."""
-    device, shared, longest = common.pad_B.device, common.length, len(prompts[0]) - 1
+def prefill(model: Transformer, prefix: Cache, prompts: list[tuple[int, ...]]) -> Cache:
+    """A cache of these prompts, longest first, that begin with `prefix`: all but the last token of each, which the next step runs."""
+    device, shared, longest = prefix.pad_B.device, prefix.length, len(prompts[0]) - 1
     pad_B = torch.tensor([longest + 1 - len(p) for p in prompts], device=device)
     cache = Cache(model.shape, len(prompts), longest, pad_B, model.embed_tokens.weight.dtype, shared)
-    cache.begin_with(common)
+    cache.begin_with(prefix)
     if longest > shared:
-        model(torch.tensor([[0] * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), None, cache=cache)
+        model(torch.tensor([(0,) * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), None, cache=cache)
     return cache
 
 
@@ -173,13 +185,12 @@ class Seats:
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, uniform_NT: Tensor, stops: list[int], temperature: float):
-        (N, steps), self.common = uniform_NT.shape, common_part(model, prompts)
-        device, shared = self.common.pad_B.device, self.common.length
-        self.model, self.prompts, self.seated, self.N, self.temperature = model, prompts, 0, N, temperature
+        (N, steps), device, dtype = uniform_NT.shape, model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        self.model, self.prompts, self.seated, self.N, self.temperature = model, [tuple(p) for p in prompts], 0, N, temperature
+        self.prefix, self.begun = instructions(list(dict.fromkeys(self.prompts))), {}
         self.number_B = torch.full((rows,), N, device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
-        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), model.embed_tokens.weight.dtype, shared)
-        self.cache.begin_with(self.common)
+        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), dtype)
         self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
         self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
         self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
@@ -193,28 +204,34 @@ class Seats:
     def make_room(self) -> None:
         """Slots in front that no prompt at work needs any more become free behind."""
         pad_N = self.cache.pad_B[self.number_B < self.N]
-        by = int(pad_N.min()) if len(pad_N) else self.cache.length - self.cache.shared
+        by = int(pad_N.min()) if len(pad_N) else self.cache.length
         if by:
             self.cache.slide(by)
 
     def fill(self) -> None:
-        """Empty seats go to the prompts that wait, some thousand tokens at a time; a prompt that occurs several times is run once."""
-        empty_N = (self.number_B == self.N).nonzero().squeeze(1)
-        new = range(self.seated, min(self.seated + len(empty_N), self.N))
-        self.seated, row = new.stop, dict(zip(new, empty_N.tolist()))
+        """Empty seats go to the prompts that wait. One that occurs several times is run once, and so is what several begin with."""
+        empty_N = (self.number_B == self.N).nonzero().squeeze(1)[:self.N - self.seated]
+        new = range(self.seated, self.seated + len(empty_N))
+        self.seated = new.stop
         self.make_room()
         self.cache.length_1.clamp_(min=len(self.prompts[new[0]]) - 1)
-        same = {}                                                # the numbers of each different prompt
-        for n in new:
-            same.setdefault(tuple(self.prompts[n]), []).append(n)
-        different, count = list(same), max(1, PREFILL[empty_N.device.type] // len(self.prompts[new[0]]))
-        for group in (different[i:i + count] for i in range(0, len(different), count)):
-            small = prefill(self.model, self.common, [list(p) for p in group])
-            pairs = [(row[n], i) for i, p in enumerate(group) for n in same[p]]
-            self.cache.place(*torch.tensor(pairs, device=empty_N.device).T, small)
-        taken_N = empty_N[:len(new)]
-        self.number_B[taken_N] = torch.arange(new.start, new.stop, device=empty_N.device)
-        self.next_B[taken_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
+        families = {}                                            # by prefix, the rows of each different prompt
+        for n, b in zip(new, empty_N.tolist()):
+            families.setdefault(self.prefix[self.prompts[n]], {}).setdefault(self.prompts[n], []).append(b)
+        for prefix, family in families.items():
+            self.run(prefix, family)
+        self.number_B[empty_N] = torch.arange(new.start, new.stop, device=empty_N.device)
+        self.next_B[empty_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
+
+    def run(self, prefix: tuple[int, ...], family: dict[tuple[int, ...], list[int]]) -> None:
+        """Prompts with the same prefix, longest first, into their rows of the cache, some thousand tokens at a time."""
+        if prefix not in self.begun:
+            self.begun[prefix] = begin(self.model, prefix)
+        prompts, device = list(family), self.t_B.device
+        at_once = max(1, PREFILL[device.type] // (len(prompts[0]) - len(prefix)))
+        for group in (prompts[i:i + at_once] for i in range(0, len(prompts), at_once)):
+            pairs = [(b, i) for i, prompt in enumerate(group) for b in family[prompt]]
+            self.cache.place(*torch.tensor(pairs, device=device).T, prefill(self.model, self.begun[prefix], group))
 
     def shrink(self) -> None:
         """Empty seats leave, but for those that keep a small batch company."""

@@ -160,14 +160,30 @@ def test_chance_depends_on_seed_step_game_and_turn_alone():
     assert not any(torch.equal(other[0], row) for other in others)
 
 
-def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(tiny, monkeypatch):
-    prefix, uniform_NT = [7, 8, 9] * 8, uniforms(1, 2, range(12), 0, 9)
-    prompts = [prefix + p for p in ragged_prompts(12)]
+def test_what_prompts_begin_with_is_run_once_for_each_instruction_and_changes_nothing(tiny, monkeypatch):
+    """Two instructions with the same opening, as of an attacker with harmful and with benign seeds, and prompts with none; a cache that is refilled."""
+    opening, uniform_NT = [7, 8, 9] * 4, uniforms(1, 2, range(36), 0, 9)
+    heads = [opening + [20] * 30, opening + [21, 22] * 25, []]
+    prompts = [heads[n % 3] + p for n, p in enumerate(ragged_prompts(36))]
+    monkeypatch.setattr(s, "CACHE_SLOTS", 20 * (max(map(len, prompts)) + 9))
+    begun, begin = [], s.begin
+    monkeypatch.setattr(s, "begin", lambda model, prefix: begun.append(list(prefix)) or begin(model, prefix))
+    passes, prefill = [], s.prefill
+    monkeypatch.setattr(s, "prefill", lambda model, prefix, some: passes.append(sum(len(p) - prefix.length for p in some)) or prefill(model, prefix, some))
     shared = sample(tiny, prompts, uniform_NT, [3, 4])
-    monkeypatch.setattr(s, "SHARED", 10_000)
+    assert sorted(map(tuple, begun)) == sorted({tuple(head) for head in heads})
+    measured("tokens of prompts run, over those that are their own", (sum(passes) + sum(map(len, heads))) / (sum(map(len, prompts)) - 12 * sum(map(len, heads)) + sum(map(len, heads))), 1.0)
+    monkeypatch.setattr(s, "WORTH", 10_000)
     apart = sample(tiny, prompts, uniform_NT, [3, 4])
     assert [r.ids for r in shared] == [r.ids for r in apart]
     measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(shared, apart)), 1e-5)
+
+
+def test_a_prefix_is_run_apart_where_that_saves_more_tokens_than_a_pass_is_worth(monkeypatch):
+    monkeypatch.setattr(s, "WORTH", 10)
+    few, many = [(1,) * 4 + (n,) for n in (5, 6)], [(2,) * 4 + (n,) for n in range(5)]
+    assert s.instructions(few + many) == {**{p: () for p in few}, **{p: p[:4] for p in many}}, "one token saved four times against four times four"
+    assert s.instructions([(3,) * n for n in range(1, 9)]) == {(3,) * n: () for n in range(1, 9)}, "the last token of the shortest is run by the first step"
 
 
 @pytest.mark.parametrize("done", [None, lambda ids: ids[-1] % 4 == 0], ids=["to the end", "until decided"])
