@@ -160,7 +160,9 @@ class Cache:
         return keys_BKSE[:, :, :end], values_BKSE[:, :, :end]
 
     def append_one(self, layer: int, key_BK1E: Tensor, value_BK1E: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one slot of one layer, and return all its slots, used or not; the host does not learn which it was."""
+        """Write one slot of one layer, and return its slots, on a GPU used or not; its host does not learn which it was."""
+        if self.length_1.device.type == "cpu":
+            return self.append(layer, key_BK1E, value_BK1E)
         keys_BKSE, values_BKSE = self.key_LBKSE[layer], self.value_LBKSE[layer]
         keys_BKSE.index_copy_(2, self.length_1, key_BK1E.to(keys_BKSE.dtype))
         values_BKSE.index_copy_(2, self.length_1, value_BK1E.to(keys_BKSE.dtype))

@@ -36,6 +36,7 @@ CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in 
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 WORDS = 128               # words in a block of the vocabulary, see draw
 COMPANY = 8               # rows for each thread of a CPU that a batch keeps: with a few less, products add in another order than the trainer's
+FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to record its step anew
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
@@ -115,14 +116,13 @@ def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int)
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
 
 
-def invert(mass_BW: Tensor, point_B1: Tensor) -> tuple[Tensor, Tensor]:
+def invert(cdf_BW: Tensor, point_B1: Tensor) -> Tensor:
     """
-    The first entry whose cumulative mass exceeds `point`, [B, 1], and the cumulative masses, fp64. An entry without mass is never the one:
-    a point that rounding has pushed to the end of all mass counts as lying just before it.
+    The first entry whose cumulative mass (fp64) exceeds `point`, [B, 1]. An entry without mass is never the one: a point that rounding has
+    pushed to the end of all mass counts as lying just before it.
     """
-    cdf_BW = mass_BW.cumsum(-1, dtype=torch.float64)
     last_B1 = torch.nextafter(cdf_BW[:, -1:], torch.zeros_like(point_B1))
-    return torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True), cdf_BW
+    return torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True)
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -132,14 +132,15 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """
     p_BV, uniform_B1 = logp_BV.exp(), uniform_B[:, None]
     if p_BV.shape[1] <= 2 * WORDS:
-        return invert(p_BV, uniform_B1 * p_BV.sum(-1, keepdim=True, dtype=torch.float64))[0].squeeze(1)
+        cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
+        return invert(cdf_BV, uniform_B1 * cdf_BV[:, -1:]).squeeze(1)
     p_BCW = F.pad(p_BV, (0, -p_BV.shape[1] % WORDS)).unflatten(1, (-1, WORDS))
-    mass_BC = p_BCW.sum(-1, dtype=torch.float64)
-    point_B1 = uniform_B1 * mass_BC.sum(-1, keepdim=True)
-    block_B1, cdf_BC = invert(mass_BC, point_B1)
+    cdf_BC = p_BCW.sum(-1, dtype=torch.float64).cumsum(-1)
+    point_B1 = uniform_B1 * cdf_BC[:, -1:]
+    block_B1 = invert(cdf_BC, point_B1)
     before_B1 = F.pad(cdf_BC, (1, 0)).gather(1, block_B1)
     inside_BW = p_BCW.gather(1, block_B1[..., None].expand(-1, -1, WORDS)).squeeze(1)
-    return (block_B1 * WORDS + invert(inside_BW, point_B1 - before_B1)[0]).squeeze(1)
+    return (block_B1 * WORDS + invert(inside_BW.cumsum(-1, dtype=torch.float64), point_B1 - before_B1)).squeeze(1)
 
 
 def instructions(prompts: list[tuple[int, ...]], known: int = 0) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -285,13 +286,13 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
            rows: int, bar: tqdm) -> list[Sample]:
     """
     All prompts, longest first, through so many rows. As soon as an eighth of them have stopped, prompts that wait take their places; once
-    none wait, those that have stopped leave when they are half of the batch.
+    none wait, those that have stopped leave when they are a quarter of the batch, on a GPU half of it.
     """
-    seats, working = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0
+    seats, working, full = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0, FULL[model.embed_tokens.weight.device.type]
     while working or seats.seated < seats.N:
         if seats.seated < seats.N and working <= rows - max(1, rows // 8):
             seats.fill()
-        elif seats.seated == seats.N and max(working, seats.least) <= len(seats.number_B) // 2:
+        elif seats.seated == seats.N and max(working, seats.least) <= full * len(seats.number_B):
             seats.shrink()
         if seats.cache.length == seats.cache.slots:
             seats.make_room()
@@ -305,7 +306,7 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float = 1.0,
            label: str = "", done: Done = None) -> list[Sample]:
     """

@@ -145,7 +145,7 @@ class Config:
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=64)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
-    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", cpu=2048)
+    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", cpu=1024)
     warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")

@@ -12,6 +12,7 @@ A floor is what the arithmetic and the bytes of a task must take at the rates th
 process; the ratio to it is at most about 1. This command looks at the files above it in the list; nothing rests on it.
 """
 import json
+import math
 import statistics
 import time
 from argparse import ArgumentParser
@@ -21,9 +22,11 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from kernels.attention import attend_one, precision, reference as attention_formula
@@ -32,8 +35,9 @@ from kernels.logprob import head_bytes, token_logprob
 from kernels.norm import reference as norm_formula, rms_norm
 from kernels.swiglu import reference as swiglu_formula, swiglu
 from model import Transformer, apart, load, score
-from sample import Sample, Seats, sample, uniforms
+from sample import Sample, Seats, decode, uniforms
 from selfplay import pack
+from train import Ranks, micro_batches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = {"cpu": [(2048, 256, 4096)],                                                                      # tokens, width, words
@@ -52,15 +56,40 @@ MODELS = {"cpu": {"toy-sized": LlamaConfig(vocab_size=160, hidden_size=128, inte
 CACHES = {"cpu": [(64, 2, 2, 48, 32), (64, 3, 3, 400, 64)],                                               # rows, K, G, slots, E
           "cuda": [(256, 8, 4, 1024, 128), (256, 4, 7, 2048, 128), (256, 2, 7, 1024, 64)]}[DEVICE.type]
 TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}[DEVICE.type]
-ROWS, PROMPT, NEW = {"cpu": (64, 32, 32), "cuda": (128, 480, 32)}[DEVICE.type]
-TRAINED, CALLS = {"cpu": (64, 1), "cuda": (16, 50)}[DEVICE.type]   # rows of a whole step; calls of a small layer that are timed together
-REPEATS, SLOW = (7, 3), 5.0   # rounds that count, and how many of those that take longer than so many seconds
+CALLS = {"cpu": 1, "cuda": 50}[DEVICE.type]   # calls of a small layer that are timed together
+ROUNDS = {5.0: 7, 120.0: 3, math.inf: 1}       # how many count, by the seconds that one takes
 GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", torch.bfloat16, "TRL chunked"): 0.95,
          ("cpu", "sampler", torch.float32, "generate, log-probs"): 2.5, ("cpu", "sampler", torch.bfloat16, "generate, log-probs"): 1.8,
          ("cuda", "sampler", torch.bfloat16, "generate, log-probs"): 3.0,
          ("cuda", "sampler", torch.bfloat16, "generate, static cache"): 1.3,
          ("cuda", "head", torch.bfloat16, "floor"): 0.68, ("cuda", "layers", torch.bfloat16, "floor"): 0.7,
          ("cuda", "decode", torch.bfloat16, "floor"): 0.6}
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    Prompts to reply to, `rows` at a time: one of the instructions in front, of so many tokens, then between own[0] and own[1] tokens of their
+    own. Replies have up to `new` tokens, and end with each of them with this chance.
+    """
+    prompts: int
+    rows: int
+    instructions: tuple[int, ...]
+    own: tuple[int, int]
+    new: int
+    ends: float
+
+
+# equal: nothing in common, and nobody ends early. game: what train.py asks for. A step of the default run has 190 turns, with prompts of 8 to
+# 31 tokens and replies of 17 on average; real attackers are instructed in 125 tokens where the seed is harmful, and in 117 where it is benign
+WORKS = {"cpu": {"toy-sized": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(256, 64, (0,), (8, 31), 48, 1 / 17)},
+                 "6M": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(256, 64, (0,), (8, 31), 48, 1 / 17)},
+                 "SmolLM2-sized": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(64, 64, (125, 117), (12, 40), 48, 1 / 17)}},
+         "cuda": {"Qwen2.5-0.5B": {"equal": Work(128, 128, (0,), (473, 480), 32, 0.0),
+                                   "game": Work(512, 128, (125, 117), (12, 40), 128, 1 / 50)},
+                  "Qwen2.5-7B": {"equal": Work(128, 128, (0,), (473, 480), 32, 0.0)},
+                  "Llama-8B": {"equal": Work(128, 128, (0,), (473, 480), 32, 0.0)}}}[DEVICE.type]
+TRAINED = {"cpu": Work(192, 128, (0,), (8, 31), 48, 1 / 17), "cuda": Work(16, 16, (0,), (473, 480), 32, 0.0)}[DEVICE.type]   # a whole step
 
 
 @dataclass(frozen=True)
@@ -78,18 +107,24 @@ class Row:
 
 
 def seconds(act: Callable[[], object]) -> float:
+    """What an act takes; if it returns how many tokens it has drawn, what a thousand of them take."""
     begun = time.perf_counter()
-    act()
+    made = act()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) * (1000 / made if isinstance(made, int) else 1)
 
 
 def beside(section: str, what: str, dtype: torch.dtype, ours: Callable[[], object], peers: dict[str, Callable[[], object] | None],
            note: str = "", floor_s: float = 0.0) -> list[Row]:
-    """Time ours and all peers in turns, after one round that does not count; a row for each peer, and one for the floor if there is one."""
-    acts = [ours, *(act for act in peers.values() if act)]
-    rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(REPEATS[sum(map(seconds, acts)) > SLOW])]
+    """
+    Time ours and all peers in turns; a row for each peer, and one for the floor if there is one. The first round does not count, if there is
+    time for more.
+    """
+    acts, begun = [ours, *(act for act in peers.values() if act)], time.perf_counter()
+    first = [seconds(act) * 1e3 for act in acts]
+    more = next(count for limit, count in ROUNDS.items() if time.perf_counter() - begun < limit)
+    rounds = [[seconds(act) * 1e3 for act in acts] for _ in range(more)] if more > 1 else [first, first]
     times = dict(zip(["ours", *(name for name, act in peers.items() if act)], zip(*rounds)))
     times |= {"floor": (floor_s * 1e3,) * len(rounds)} if floor_s else {}
     quartiles, rows = statistics.quantiles(times["ours"], n=4), []
@@ -209,12 +244,13 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
         rows += beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}{times}", dtype, often(ours),
                        {"PyTorch's routine": often(theirs)}, note, floor_s=CALLS * 2 * keys.nbytes / bandwidth)
     D = max(config.hidden_size for config in MODELS.values())
-    x, weight, gate_up = made(ROWS, 1, D), made(D), made(ROWS, 1, 8 * D)
+    rows_at_once = CACHES[0][0]
+    x, weight, gate_up = made(rows_at_once, 1, D), made(D), made(rows_at_once, 1, 8 * D)
     for name, ours, eager, given in (("norm", lambda *t: rms_norm(*t, 1e-5), lambda *t: norm_formula(*t, 1e-5), (x, weight)),
                                      ("gate", swiglu, swiglu_formula, (gate_up,))):
         exact = eager(*(t.double() for t in given))
         note = f"errors: ours {worst(ours(*given), exact)}, eager {worst(eager(*given), exact)}"
-        rows += beside("layers", f"{name}, {ROWS} rows, width {D}{times}", dtype, often(partial(ours, *given)),
+        rows += beside("layers", f"{name}, {rows_at_once} rows, width {D}{times}", dtype, often(partial(ours, *given)),
                        {"eager": often(partial(eager, *given))}, note)
     return rows
 
@@ -242,60 +278,97 @@ def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
 
 
 @dataclass
+class Generated:
+    """A batch of transformers' replies: whole_BT with its attention mask, and of the last positions, which tokens are the reply's."""
+    whole_BT: Tensor
+    mask_BT: Tensor
+    reply_BT: Tensor
+    logprob_BT: Tensor | None
+
+    def rescored(self, model: torch.nn.Module) -> Tensor:
+        """logprob_BT of the replies by a pass over the whole."""
+        position_BT, T = (self.mask_BT.cumsum(1) - 1).clamp(min=0), self.reply_BT.shape[1]
+        logits_BTV = model(self.whole_BT, attention_mask=self.mask_BT, position_ids=position_BT, logits_to_keep=T + 1, use_cache=False).logits
+        return logits_BTV[:, :-1].float().log_softmax(-1).gather(2, self.whole_BT[:, -T:, None]).squeeze(2)
+
+
+@dataclass
 class Pair:
-    """A model here and in transformers, and ragged prompts, padded on the left for theirs."""
+    """A model here and in transformers, and what both have to do. The first words of the vocabulary end a reply."""
     ours: Transformer
     theirs: torch.nn.Module
-    prompts: list[list[int]]
-    ids_BT: Tensor
-    mask_BT: Tensor
+    work: Work
+    prompts: list[list[int]]     # longest first
+    stops: list[int]
 
+    @torch.inference_mode()
     def sample(self) -> list[Sample]:
-        return sample(self.ours, self.prompts, uniforms(0, 0, range(len(self.prompts)), 0, NEW), [])
+        uniform_NT = uniforms(0, 0, range(len(self.prompts)), 0, self.work.new)
+        return decode(self.ours, self.prompts, uniform_NT, self.stops, 1.0, None, self.work.rows, tqdm(disable=True))
 
-    def generate(self, scores: bool = False, cache: str = "dynamic") -> tuple[Tensor, Tensor | None]:
-        """Their tokens; with `scores`, the log-probability of each too."""
-        with torch.no_grad():
-            made = self.theirs.generate(self.ids_BT, attention_mask=self.mask_BT, max_new_tokens=NEW, do_sample=True, top_k=0, top_p=1.0,
-                                        temperature=1.0, eos_token_id=None, pad_token_id=0, output_logits=scores,
-                                        return_dict_in_generate=True, cache_implementation=cache)
-            ids_BT = made.sequences[:, self.ids_BT.shape[1]:]
-            if not scores:
-                return ids_BT, None
+    @torch.no_grad()
+    def generate(self, scores: bool = True, cache: str = "dynamic") -> list[Generated]:
+        """Theirs, so many rows at a time, padded on the left; with `scores`, the log-probability of each token too."""
+        batches = [self.prompts[first:first + self.work.rows] for first in range(0, len(self.prompts), self.work.rows)]
+        return [self.generate_batch(prompts, scores, cache) for prompts in batches]
+
+    def generate_batch(self, prompts: list[list[int]], scores: bool, cache: str) -> Generated:
+        longest = len(prompts[0])
+        ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
+        mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+        made = self.theirs.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=self.work.new, do_sample=True, top_k=0, top_p=1.0,
+                                    temperature=1.0, eos_token_id=self.stops or None, pad_token_id=0, output_logits=scores,
+                                    return_dict_in_generate=True, cache_implementation=cache)
+        drawn_BT, logprob_BT = made.sequences[:, longest:], None
+        ends_BT = torch.isin(drawn_BT, torch.tensor(self.stops, dtype=torch.long, device=DEVICE))
+        reply_BT = ends_BT.cumsum(1) - ends_BT.long() == 0
+        if scores:
             logp_TBV = torch.stack(made.logits).float().log_softmax(-1)
-            return ids_BT, logp_TBV.gather(2, ids_BT.T[..., None]).squeeze(2).T
+            logprob_BT = logp_TBV.gather(2, drawn_BT.T[..., None]).squeeze(2).T
+        return Generated(made.sequences, torch.cat((mask_BT, reply_BT.long()), 1), reply_BT, logprob_BT)
 
 
-def pair_of(ours: Transformer, dtype: torch.dtype, rows: int = ROWS) -> Pair:
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(1, ours.shape.vocab, (PROMPT - n % 8,), generator=generator).tolist() for n in range(rows)]
-    ids_BT = torch.tensor([[0] * (PROMPT - len(p)) + p for p in prompts], device=DEVICE)
-    mask_BT = torch.tensor([[0] * (PROMPT - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
-    return Pair(ours, theirs_of(ours, dtype), prompts, ids_BT, mask_BT)
+def pair_of(ours: Transformer, dtype: torch.dtype, work: Work) -> Pair:
+    rng, vocab = np.random.default_rng(0), ours.shape.vocab
+    heads = [rng.integers(1, vocab, size).tolist() for size in work.instructions]
+    prompts = [heads[n % len(heads)] + rng.integers(1, vocab, rng.integers(work.own[0], work.own[1] + 1)).tolist() for n in range(work.prompts)]
+    return Pair(ours, theirs_of(ours, dtype), work, sorted(prompts, key=len, reverse=True), list(range(1, 1 + round(work.ends * vocab))))
 
 
 # ---------------------------------------------------------------- the sampler
 
+def sampler_floor(pair: Pair, tokens: int, dtype: torch.dtype) -> float:
+    """Seconds for so many tokens through rows that are always taken, and every prompt once, what prompts begin with once for all."""
+    work, weights = pair.work, sum(p.numel() for p in pair.ours.layers.parameters())
+    own = sum(work.instructions) + work.prompts * statistics.mean(work.own)
+    context = round(statistics.mean(map(len, pair.prompts)) + tokens / work.prompts / 2)
+    return 2 * weights * own / ceilings(dtype)[0] + tokens / work.rows * step_floor(pair.ours, work.rows, context, dtype)
+
+
 def bench_sampler(dtype: torch.dtype) -> list[Row]:
-    """Ours always records log-probabilities. Theirs: with and without, and with a cache of fixed size."""
-    rows = []
-    for name, config in MODELS.items():
-        pair = pair_of(random_model(config, dtype), dtype)
-        peers = {"generate, log-probs": lambda: pair.generate(scores=True), "generate": pair.generate}
-        if DEVICE.type == "cpu" or not rows:   # on a GPU theirs is compiled first, which takes minutes: for one model
-            peers["generate, static cache"] = lambda: pair.generate(cache="static")
-        weights = sum(p.numel() for p in pair.ours.layers.parameters())
-        prompts_s = 2 * weights * sum(map(len, pair.prompts)) / ceilings(dtype)[0]
-        rows += beside("sampler", f"{name}, {ROWS} rows, {PROMPT} + {NEW} tokens", dtype, pair.sample, peers,
-                       floor_s=prompts_s + NEW * step_floor(pair.ours, ROWS, PROMPT + NEW // 2, dtype))
-        rows += bench_decode(name, pair, dtype)
+    """Ours always records log-probabilities. Theirs: with and, of the first model, without, and with a cache of fixed size."""
+    rows, goals = [], {"equal": "equal prompts", "game": "sampler"}
+    for model, config in MODELS.items():
+        random = random_model(config, dtype)
+        for kind, work in WORKS[model].items():
+            pair = pair_of(random, dtype, work)
+            drawn = lambda: sum(len(reply.ids) for reply in pair.sample())
+            theirs = lambda **how: lambda: int(sum(batch.reply_BT.sum() for batch in pair.generate(**how)))
+            peers = {"generate, log-probs": theirs()}
+            if not rows:
+                peers |= {"generate": theirs(scores=False), "generate, static cache": theirs(scores=False, cache="static")}
+            tokens = drawn()
+            what = f"{model}, {work.prompts} prompts over {work.rows} rows, 1,000 tokens"
+            rows += beside(goals[kind], what, dtype, drawn, peers, floor_s=1000 / tokens * sampler_floor(pair, tokens, dtype))
+        rows += bench_decode(model, pair_of(random, dtype, WORKS[model]["equal"]), dtype)
     return rows
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
     """Steps alone, with the prompts in the cache: on a GPU, replays of the record."""
-    seats = Seats(pair.ours, sorted(pair.prompts, key=len, reverse=True), ROWS, uniforms(0, 0, range(ROWS), 0, 400), [], 1.0)
+    rows = pair.work.rows
+    seats = Seats(pair.ours, pair.prompts, rows, uniforms(0, 0, range(rows), 0, 400), [], 1.0)
     seats.fill()
     for _ in range(2):
         seats.advance()   # the first is taken as it is and recorded
@@ -304,9 +377,9 @@ def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
         before = seats.cache.length
         while seats.cache.length < before + 8:
             seats.advance()
-    context = seats.cache.length + 8 * (REPEATS[0] // 2)
-    found = beside("decode", f"{name}, {ROWS} rows, 8 steps", dtype, eight, {}, floor_s=8 * step_floor(pair.ours, ROWS, context, dtype))
-    return [replace(row, note=f"{8 * ROWS / row.ours_ms * 1e3:,.0f} tokens a second") for row in found]
+    context = seats.cache.length + 8 * (ROUNDS[5.0] // 2)
+    found = beside("decode", f"{name}, {rows} rows, 8 steps", dtype, eight, {}, floor_s=8 * step_floor(pair.ours, rows, context, dtype))
+    return [replace(row, note=f"{8 * rows / row.ours_ms * 1e3:,.0f} tokens a second") for row in found]
 
 
 def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
@@ -315,16 +388,12 @@ def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
         {name: lambda config=config: random_model(config, dtype) for name, config in MODELS.items()}
     rows = []
     for name, make in models.items():
-        pair = pair_of(make(), dtype, rows=16)
-        replies, (ids_BT, sampled_BT) = pair.sample(), pair.generate(scores=True)
-        packed_BT, chosen_BT, recorded_BT = pack(pair.prompts, [r.ids for r in replies], [[r.logprobs for r in replies]], DEVICE)
+        pair = pair_of(make(), dtype, Work(16, 16, (0,), (25, 32), 32, 0.0))
+        replies, theirs = pair.sample(), pair.generate()[0]
+        ids_BT, mask_BT, recorded_BT = pack(pair.prompts, [r.ids for r in replies], [[r.logprobs for r in replies]], DEVICE)
         with torch.no_grad():
-            ours_N = (score(pair.ours, packed_BT, chosen_BT)[0] - recorded_BT)[chosen_BT].abs()
-            whole_BT, mask_BT = torch.cat((pair.ids_BT, ids_BT), 1), torch.cat((pair.mask_BT, torch.ones_like(ids_BT)), 1)
-            position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-            logits_BTV = pair.theirs(whole_BT, attention_mask=mask_BT, position_ids=position_BT, logits_to_keep=NEW + 1).logits
-            logp_BTV = logits_BTV[:, :-1].float().log_softmax(-1)
-        theirs_N = (logp_BTV.gather(2, ids_BT[..., None]).squeeze(2) - sampled_BT).abs()
+            ours_N = (score(pair.ours, ids_BT, mask_BT)[0] - recorded_BT)[mask_BT].abs()
+            theirs_N = (theirs.rescored(pair.theirs) - theirs.logprob_BT)[theirs.reply_BT].abs()
         note = ", ".join(f"{who} mean {d.mean():.1e}, max {d.max():.1e}, ratios off by 1 %: {(d.expm1().abs() > 0.01).float().mean():.0%}"
                          for who, d in (("ours", ours_N), ("theirs", theirs_N)))
         rows.append(Row("mismatch", f"{name}, {str(dtype)[6:]}", 0.0, 0.0, note=note))
@@ -334,30 +403,40 @@ def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
 # ---------------------------------------------------------------- a whole step
 
 def bench_step(dtype: torch.dtype) -> list[Row]:
-    """Play, score by the reference, and one update's forward and backward pass, on the smallest model: ours, and what generate costs."""
+    """Games of the smallest model: play, score by the reference, and one update's passes; each beside its floor, and together beside theirs."""
     name, config = next(iter(MODELS.items()))
-    pair = pair_of(random_model(config, dtype), dtype, rows=TRAINED)
+    pair = pair_of(random_model(config, dtype), dtype, TRAINED)
+    replies, (flops, _), weights = pair.sample(), ceilings(dtype), sum(p.numel() for p in pair.ours.parameters())
+    lengths = [len(p) + len(r.ids) for p, r in zip(pair.prompts, replies)]
+    pass_s = 2 * weights * sum(lengths) / flops
+    batches = micro_batches(lengths, Ranks(0, 1, DEVICE), {"cpu": 1024, "cuda": 16384}[DEVICE.type])
     pair.ours.requires_grad_(True)
     pair.theirs.requires_grad_(True)
 
+    def passes(backward: bool) -> None:
+        for rows in batches:
+            ids_BT, mask_BT = pack([pair.prompts[i] for i in rows], [replies[i].ids for i in rows], device=DEVICE)
+            with torch.set_grad_enabled(backward):
+                total = score(pair.ours, ids_BT, mask_BT)[0].sum()
+            if backward:
+                total.backward()
+
     def ours() -> None:
-        replies = pair.sample()
-        ids_BT, mask_BT = pack(pair.prompts, [r.ids for r in replies], device=DEVICE)
-        with torch.no_grad():
-            score(pair.ours, ids_BT, mask_BT)
-        score(pair.ours, ids_BT, mask_BT)[0].sum().backward()
+        pair.sample()
+        passes(backward=False)
+        passes(backward=True)
 
     def theirs() -> None:
-        ids_BT, _ = pair.generate(scores=True)
-        whole_BT, mask_BT = torch.cat((pair.ids_BT, ids_BT), 1), torch.cat((pair.mask_BT, torch.ones_like(ids_BT)), 1)
-
-        def total() -> Tensor:
-            logits_BTV = pair.theirs(whole_BT, attention_mask=mask_BT, logits_to_keep=NEW + 1, use_cache=False).logits
-            return logits_BTV[:, :-1].float().log_softmax(-1).gather(2, ids_BT[..., None]).sum()
-        with torch.no_grad():
-            total()
-        total().backward()
-    return beside("step", f"{name}, {TRAINED} games", dtype, ours, {"the same by transformers": theirs})
+        for batch in pair.generate():
+            with torch.no_grad():
+                batch.rescored(pair.theirs)
+            batch.rescored(pair.theirs)[batch.reply_BT].sum().backward()
+    what = f"{name}, {TRAINED.prompts} turns"
+    parts = {"play": (pair.sample, sampler_floor(pair, sum(len(r.ids) for r in replies), dtype)),
+             "score": (lambda: passes(backward=False), pass_s), "update": (lambda: passes(backward=True), 3 * pass_s)}
+    rows = [row for part, (act, floor_s) in parts.items() for row in beside("step", f"{part}, {what}", dtype, act, {}, floor_s=floor_s)]
+    whole_s = sum(floor_s for _, floor_s in parts.values())
+    return rows + beside("step", f"whole, {what}", dtype, ours, {"the same by transformers": theirs}, floor_s=whole_s)
 
 
 SECTIONS = {"ceilings": bench_ceilings, "head": bench_head, "layers": bench_layers, "sampler": bench_sampler, "mismatch": bench_mismatch,
@@ -387,7 +466,8 @@ def main() -> None:
     keep_memory()
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)   # for models this small one thread is fastest, for ours and for the peers
-    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {REPEATS[1]} to {REPEATS[0]} rounds, ± distance of the quartiles\n")
+    print(f"{DEVICE.type}, torch {torch.__version__}, medians of {min(ROUNDS.values())} to {max(ROUNDS.values())} rounds, "
+          "± distance of the quartiles\n")
     print(HEADER)
     rows = []
     for name in args.sections or SECTIONS:

@@ -8,6 +8,7 @@ The root mean square and n are fp32; n is rounded to the precision of x before t
 backward pass, x and one number a row. layers_triton.py has the forward pass for a GPU.
 """
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,4 +59,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm over the last dimension, in the precision of x."""
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         return RMSNorm.apply(x, weight_D, eps)
+    if x.dtype == torch.float32 and not x.is_cuda:
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)   # the same bits in fewer steps
     return forward(x, weight_D, eps)[0]
