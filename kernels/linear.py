@@ -46,36 +46,7 @@ def reference(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Ten
     return F.linear(x, weight_MD, bias_M)
 
 
-# ---------------------------------------------------------------- the same by oneDNN
-
-def onednn(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """The same product, without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight_MD, bias_M, "none", [], "")
-
-
-def onednn_gradient(upstream: Tensor, x: Tensor, weight_MD: Tensor) -> Tensor:
-    """upstream.T @ x over all rows, [M, D], like the weight; by the function above both factors would first be transposed."""
-    both = upstream.flatten(0, -2).to_mkldnn(), x.flatten(0, -2).to_mkldnn()
-    return torch.ops.aten.mkldnn_linear_backward_weights(*both, weight_MD, False)[0]
-
-
-class Linear(torch.autograd.Function):
-    """`linear` with its three gradients, each again one product."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight_MD: Tensor, bias_M: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_MD)
-        return onednn(x, weight_MD, bias_M)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight_MD = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        return (onednn(upstream, weight_MD.T) if for_x else None, onednn_gradient(upstream, x, weight_MD) if for_weight else None,
-                upstream.flatten(0, -2).sum(0) if for_bias else None)
-
-
-# ---------------------------------------------------------------- what everybody calls
+# ---------------------------------------------------------------- the same as the processor likes it, without a gradient
 
 def is_narrow(t: Tensor) -> bool:
     """Whether the device cannot multiply in this tensor's precision."""
@@ -87,14 +58,50 @@ def widened(t: Tensor | None) -> Tensor | None:
     return t.float() if t is not None and is_narrow(t) else t
 
 
+def is_for_onednn(x: Tensor, weight_MD: Tensor) -> bool:
+    return BY_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST
+
+
+def product(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """The definition again, in the precision of x."""
+    wide = widened(x), widened(weight_MD), widened(bias_M)
+    if is_for_onednn(*wide[:2]):
+        return torch.ops.mkldnn._linear_pointwise(*wide, "none", [], "").to(x.dtype)
+    return reference(*wide).to(x.dtype)
+
+
+def gradient(upstream: Tensor, x: Tensor, weight_MD: Tensor) -> Tensor:
+    """upstream.T @ x over all rows, [M, D], like the weight."""
+    upstream_NM, x_ND = upstream.flatten(0, -2), x.flatten(0, -2)
+    if is_for_onednn(x_ND, weight_MD):   # its product would first transpose both factors
+        return torch.ops.aten.mkldnn_linear_backward_weights(upstream_NM.to_mkldnn(), x_ND.to_mkldnn(), weight_MD, False)[0]
+    return product(upstream_NM.T, x_ND.T)
+
+
+class Linear(torch.autograd.Function):
+    """`linear` with its three gradients, each again one product; factors are kept as they came, not widened."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_MD: Tensor, bias_M: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_MD)
+        return product(x, weight_MD, bias_M)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight_MD = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (product(upstream, weight_MD.T) if for_x else None, gradient(upstream, x, weight_MD) if for_weight else None,
+                upstream.flatten(0, -2).sum(0) if for_bias else None)
+
+
+# ---------------------------------------------------------------- what everybody calls
+
 def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias over the last dimension, [..., D] to [..., M], in the precision of x."""
-    if is_narrow(x):
-        return linear(widened(x), widened(weight_MD), widened(bias_M)).to(x.dtype)
-    if not (BY_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST):
+    if not (is_narrow(x) or is_for_onednn(x, weight_MD)):
         return reference(x, weight_MD, bias_M)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight_MD, bias_M))
-    return Linear.apply(x, weight_MD, bias_M) if needs_gradient else onednn(x, weight_MD, bias_M)
+    return Linear.apply(x, weight_MD, bias_M) if needs_gradient else product(x, weight_MD, bias_M)
 
 
 def unrounded(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
