@@ -257,6 +257,9 @@ def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """The parameters of nn.Linear, and the product of kernels/linear.py."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from `new_model` or a checkpoint, and PyTorch takes a second to get ready for drawing some on no device."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -326,10 +329,10 @@ class Transformer(nn.Module):
         from transformers import GenerationConfig
         self.config, self.shape = config, shape_of(config, name)
         self.generation = GenerationConfig.from_model_config(config)
-        self.embed_tokens = nn.Embedding(self.shape.vocab, self.shape.width)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.shape.vocab, self.shape.width), freeze=False)
         self.layers = nn.ModuleList(Block(self.shape) for _ in range(self.shape.layers))
         self.norm = RMSNorm(self.shape.width, self.shape.norm_eps)
-        self.lm_head = nn.Identity() if self.shape.tied else nn.Linear(self.shape.width, self.shape.vocab, bias=False)
+        self.lm_head = nn.Identity() if self.shape.tied else Linear(self.shape.width, self.shape.vocab, bias=False)
         self.recompute = False   # whether a backward pass makes each layer's activations again instead of keeping them
 
     def forward(self, ids_BT: Tensor, head: Head | None, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:

@@ -263,7 +263,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> Transformer:
     with torch.device(DEVICE):
         model = Transformer(config).to(dtype).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if not name.endswith("norm.weight"):
             parameter.normal_(std=config.initializer_range)
     return model
 

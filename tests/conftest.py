@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")   # for models this small one thre
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -48,11 +49,17 @@ def tiny(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory):
-    """A run folder with nothing but the warm start of 40 updates with seed 5; runs beside a copy of it need none of their own."""
-    folder = tmp_path_factory.mktemp("warm")
-    done = finished(start(["--warm-steps", "40", "--seed", "5", "--games", "4", "--steps", "1", "--no-exam", "--out", folder / "run"]))
-    assert done.returncode == 0, done.stderr[-3000:]
+def warm(tmp_path_factory, worker_id):
+    """
+    A run folder with nothing but the warm start of 40 updates with seed 5; runs beside a copy of it need none of their own. Of several
+    processes with tests, one makes it.
+    """
+    folder = tmp_path_factory.mktemp("warm") if worker_id == "master" else tmp_path_factory.getbasetemp().parent / "warm"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        if not (folder / "run").exists():
+            done = finished(start(["--warm-steps", "40", "--seed", "5", "--games", "4", "--steps", "1", "--no-exam", "--out", folder / "run"]))
+            assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import train
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "toy", "torch.distributed.fsdp", "torch.distributed.checkpoint", "launch"])
+FORKS.set_forkserver_preload(["train", "toy", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo",
+                               "huggingface_hub.serialization", "launch"])
 
 
 @dataclass

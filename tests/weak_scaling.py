@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from argparse import ArgumentParser
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -17,23 +18,28 @@ import numpy as np
 from launch import finished, start
 
 
-def seconds(ranks: int, folder: Path, games: int = 32, steps: int = 6) -> float:
+def seconds(ranks: int, folder: Path, games: int, steps: int, warm_steps: int) -> float:
     """Median seconds of a step, the first one left out."""
     out = folder / str(ranks)
-    done = finished(start(["--games", games * ranks, "--steps", steps, "--warm-steps", "60", "--max-new-tokens", "40", "--no-exam", "--out", out], ranks), timeout=900)
+    done = finished(start(["--games", games * ranks, "--steps", steps, "--warm-steps", warm_steps, "--max-new-tokens", "40", "--no-exam", "--out", out],
+                          ranks), timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     return float(np.median([line["seconds"] for line in lines]))
 
 
 def main() -> None:
-    alone: list[float] = []
+    cli = ArgumentParser(description="Step time with the same work for each process.")
+    cli.add_argument("--games", type=int, default=32, help="of each process, a multiple of 4 [%(default)s]")
+    cli.add_argument("--steps", type=int, default=6, help="2 at least [%(default)s]")
+    cli.add_argument("--warm-steps", type=int, default=60, help="[%(default)s]")
+    args, alone = cli.parse_args(), []
     with tempfile.TemporaryDirectory() as folder:
         print(f"{os.cpu_count()} cores\n\n| processes | games a step | s a step | of 1 process's speed, each |\n| --- | --- | --- | --- |")
         for ranks in (1, 2, 4):
-            took = seconds(ranks, Path(folder))
+            took = seconds(ranks, Path(folder), args.games, args.steps, args.warm_steps)
             alone.append(took)
-            print(f"| {ranks} | {32 * ranks} | {took:.2f} | {alone[0] / took:.0%} |", flush=True)
+            print(f"| {ranks} | {args.games * ranks} | {took:.2f} | {alone[0] / took:.0%} |", flush=True)
 
 
 if __name__ == "__main__":
