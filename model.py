@@ -173,12 +173,12 @@ class Cache:
         These rows take over the tokens of rows from_N of another cache, which end at the present length. The other one's rows may have more
         in common than the prefix of this one: that goes in front of each row's own tokens.
         """
-        length, others = self.length, other.length
-        begin, more = length - (others - other.shared), other.shared - self.shared
+        length, others, first = self.length, other.length, other.shared + int(other.pad_B[from_N].min())   # before it is padding
+        begin, more = length - (others - first), other.shared - self.shared
         self.pad_B[row_N] = other.pad_B[from_N] + length - others
         slot_NX = self.shared + self.pad_B[row_N, None] + torch.arange(more, device=row_N.device)
         for ours_LBKSE, theirs_LBKSE in ((self.key_LBKSE, other.key_LBKSE), (self.value_LBKSE, other.value_LBKSE)):
-            ours_LBKSE[:, row_N, :, begin:length] = theirs_LBKSE[:, from_N, :, other.shared:others]
+            ours_LBKSE[:, row_N, :, begin:length] = theirs_LBKSE[:, from_N, :, first:others]
             ours_LBKSE[:, row_N[:, None], :, slot_NX] = theirs_LBKSE[:, 0, :, self.shared:other.shared].permute(2, 0, 1, 3)   # XLKE
         self.hide()
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
+AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
 WORDS = 128               # words in a block of the vocabulary, see draw
 COMPANY = 8               # rows for each thread of a CPU that a batch keeps: with a few less, products add in another order than the trainer's
 FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to record its step anew
@@ -188,7 +191,10 @@ class Seats:
     def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, uniform_NT: Tensor, stops: list[int], temperature: float):
         (N, steps), device, dtype = uniform_NT.shape, model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         self.model, self.prompts, self.seated, self.N, self.temperature = model, [tuple(p) for p in prompts], 0, N, temperature
-        self.prefix, self.begun = instructions(list(dict.fromkeys(self.prompts))), {}
+        self.copies = Counter(self.prompts)
+        self.prefix, self.begun, self.found, self.waiting = instructions(list(self.copies)), {}, {}, {}
+        for prompt in self.copies:
+            self.waiting.setdefault(self.prefix[prompt], []).append(prompt)
         self.number_B = torch.full((rows,), N, device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
         self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), dtype)
@@ -210,29 +216,37 @@ class Seats:
             self.cache.slide(by)
 
     def fill(self) -> None:
-        """Empty seats go to the prompts that wait. One that occurs several times is run once, and so is what several begin with."""
+        """Empty seats go to the prompts that wait."""
         empty_N = (self.number_B == self.N).nonzero().squeeze(1)[:self.N - self.seated]
         new = range(self.seated, self.seated + len(empty_N))
         self.seated = new.stop
         self.make_room()
         self.cache.length_1.clamp_(min=len(self.prompts[new[0]]) - 1)
-        families = {}                                            # by prefix, the rows of each different prompt
+        families = {}                                            # by prefix, who goes where
         for n, b in zip(new, empty_N.tolist()):
-            families.setdefault(self.prefix[self.prompts[n]], {}).setdefault(self.prompts[n], []).append(b)
-        for prefix, family in families.items():
-            self.run(prefix, family)
+            families.setdefault(self.prefix[self.prompts[n]], []).append((b, self.prompts[n]))
+        for family in families.values():
+            found = ((b, *self.find(prompt)) for b, prompt in family)
+            for cache, some in groupby(found, key=itemgetter(1)):
+                self.cache.place(*torch.tensor([(b, i) for b, _, i in some], device=empty_N.device).T, cache)
         self.number_B[empty_N] = torch.arange(new.start, new.stop, device=empty_N.device)
         self.next_B[empty_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
 
-    def run(self, prefix: tuple[int, ...], family: dict[tuple[int, ...], list[int]]) -> None:
-        """Prompts with the same prefix, longest first, into their rows of the cache, some thousand tokens at a time."""
-        if prefix not in self.begun:
-            self.begun[prefix] = begin(self.model, prefix)
-        prompts, device = list(family), self.t_B.device
-        at_once = max(1, PREFILL[device.type] // (len(prompts[0]) - len(prefix)))
-        for group in (prompts[i:i + at_once] for i in range(0, len(prompts), at_once)):
-            pairs = [(b, i) for i, prompt in enumerate(group) for b in family[prompt]]
-            self.cache.place(*torch.tensor(pairs, device=device).T, prefill(self.model, self.begun[prefix], group))
+    def find(self, prompt: tuple[int, ...]) -> tuple[Cache, int]:
+        """
+        Where a prompt's keys and values are, a cache and its row. It is run with those that come after it and have the same prefix: a pass
+        over many costs less than many passes. One that occurs several times is run once, and so is a prefix; the last to ask takes it away.
+        """
+        if prompt not in self.found:
+            prefix, device = self.prefix[prompt], self.t_B.device.type
+            if prefix not in self.begun:
+                self.begun[prefix] = begin(self.model, prefix)
+            at_once = max(1, min(PREFILL[device] // (len(prompt) - len(prefix)), AHEAD // len(prompt)))
+            group, self.waiting[prefix] = self.waiting[prefix][:at_once], self.waiting[prefix][at_once:]
+            cache = prefill(self.model, self.begun[prefix], group)
+            self.found |= {other: (cache, i) for i, other in enumerate(group)}
+        self.copies[prompt] -= 1
+        return self.found[prompt] if self.copies[prompt] else self.found.pop(prompt)
 
     def shrink(self) -> None:
         """Empty seats leave, but for those that keep a small batch company."""
@@ -316,7 +330,7 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     """
     if not prompts:
         return []
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), prompts[n]))   # equal ones side by side
     rows = min(len(prompts), max(1, CACHE_SLOTS // (len(prompts[order[0]]) + uniform_NT.shape[1])))
     with tqdm(total=len(order), desc=label, unit="reply", leave=False, delay=2, disable=not label) as bar:
         replies = decode(model, [prompts[n] for n in order], uniform_NT[order], stops, temperature, done, rows, bar)

@@ -44,7 +44,7 @@ from kernels.adamw import SplitAdamW
 from kernels.linear import keep_memory
 from kernels.logprob import head_bytes
 from model import Shape, Transformer, load, open_tokenizer, save, score, shape_of, stop, stop_ids
-from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
+from sample import AHEAD, CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
                       play, plays_of, record, returns, transcript, whiten)
 
@@ -412,8 +412,8 @@ def activation_bytes(shape: Shape, recompute: bool) -> int:
 
 
 def cache_bytes(shape: Shape) -> int:
-    """Keys and values of one full batch of the sampler, in bf16."""
-    return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
+    """Keys and values of one full batch of the sampler, in bf16, and of prompts that wait, for two instructions or so."""
+    return 2 * 2 * (CACHE_SLOTS + 4 * AHEAD) * shape.layers * shape.kv_heads * shape.head_width
 
 
 BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 4),   # for every weight: what stays, and its gradient

@@ -25,8 +25,9 @@ TRAINING = "--steps 1 --games 16 --warm-steps 40 --max-new-tokens 40"   # what m
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """
-    A copy of the project in which `python` shortens training, takes a run with another seed for granted (a copy of seed 0's) and leaves out
-    the tests, installing is done already, and tiny models stand where the names of real ones point. The commands run letter for letter.
+    A copy of the project in which `python` shortens training, takes a run with another seed for granted (a copy of seed 0's, said to be that
+    seed's) and leaves out the tests, installing is done already, and tiny models stand where the names of real ones point. The commands run
+    letter for letter.
     """
     folder = tmp_path_factory.mktemp("clone")
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -38,7 +39,10 @@ def clone(tmp_path_factory):
 last=${{@: -1}}
 case "$*" in
 *venv*|*pytest*) exit 0 ;;
-*"--seed "[12]*) [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" || exec {sys.executable} "$@" {TRAINING} --no-exam ;;
+*"--seed "[12]*)
+    [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" && sed -i 's/"seed": 0/"seed": '${{last: -1}}/ "$last/step_000000/warm_start.json" && exit
+    exec {sys.executable} "$@" {TRAINING} --no-exam ;;
+"eval.py report"*) exec {sys.executable} "$@" --n 8 ;;
 "eval.py exploit"*) exec {sys.executable} "$@" --steps 1 --games 8 --n 8 --seeds 0 --from start --side attacker ;;
 tests/weak_scaling.py) exec {sys.executable} "$@" --games 4 --steps 2 --warm-steps 1 ;;
 "eval.py crossplay"*) exec {sys.executable} "$@" --n 8 ;;

@@ -150,7 +150,7 @@ def test_in_bf16_a_real_model_of_thirty_layers_samples_what_its_trainer_would(sm
     """In fp32, attention in another order would turn a bf16 the other way now and then, and the log-probabilities would differ by .03."""
     real = load(smollm2, torch.bfloat16)
     prompts = [chat_ids(open_tokenizer(smollm2), "{text}", f"Tell me about {thing}.") for thing in ("tea", "the sea", "iron and gold", "a long winter in the north")]
-    measured("bf16, mean over tokens", differences(real, prompts * 3, 0, stop_ids(real, open_tokenizer(smollm2)) + list(range(0, 49152, 24))).mean(), 5e-3)
+    measured("bf16, mean over tokens", differences(real, prompts * 4, 0, stop_ids(real, open_tokenizer(smollm2)) + list(range(0, 49152, 24))).mean(), 5e-3)
 
 
 def test_chance_depends_on_seed_step_game_and_turn_alone():

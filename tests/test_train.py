@@ -360,7 +360,7 @@ def test_the_plan_counts_weights_moments_and_cache_to_the_byte():
     assert plan["always"]["policy, fp32 master weights"] == sum(p.nbytes for p in model.parameters()) == plan["backward pass"]["gradients, fp32"]
     assert plan["always"]["Adam moments, fp32"] == sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     with torch.device("meta"):
-        cache = Cache(model.shape, 1, train.CACHE_SLOTS, torch.zeros(1, dtype=torch.long), torch.bfloat16)
+        cache = Cache(model.shape, 1, train.CACHE_SLOTS + 4 * train.AHEAD, torch.zeros(1, dtype=torch.long), torch.bfloat16)
     assert plan["play"]["cache of keys and values"] == cache.key_LBKSE.nbytes + cache.value_LBKSE.nbytes
 
 
