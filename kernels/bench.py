@@ -80,8 +80,9 @@ class Work:
     ends: float
 
 
-# equal: nothing in common, and nobody ends early. game: what train.py asks for. A step of the default run has 190 turns, with prompts of 13
-# tokens and replies of 17 on average; real attackers are instructed in 125 tokens where the seed is harmful, and in 117 where it is benign
+# equal: nothing in common, and nobody ends early. game: what games ask for. In the embedded world prompts have 13 tokens and replies 17 on
+# average, and an examination asks more than a thousand; real attackers are instructed in 125 tokens where the seed is harmful, and in 117 where
+# it is benign
 WORKS = {"cpu": {"toy-sized": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(512, 64, (0,), (8, 18), 48, 1 / 17)},
                  "6M": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(512, 64, (0,), (8, 18), 48, 1 / 17)},
                  "SmolLM2-sized": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(64, 64, (125, 117), (12, 40), 48, 1 / 17)}},
