@@ -38,7 +38,7 @@ CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in 
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
 WORDS = 128               # words in a block of the vocabulary, see draw
-COMPANY = 8               # rows for each thread of a CPU that a batch keeps: with a few less, products add in another order than the trainer's
+COMPANY = 8               # rows for each thread of a CPU that a batch keeps: with fewer, products add in another order than a trainer's
 FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to record its step anew
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
@@ -147,7 +147,7 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def instructions(prompts: list[tuple[int, ...]], known: int = 0) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """What each of these different prompts has in common with others, and what is worth a pass of its own, beyond `known` tokens that are."""
+    """What each of these different prompts has in common with others and is worth a pass of its own, beyond `known` tokens that are."""
     alike, branches = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1), {}
     if (len(prompts) - 1) * (alike - known) >= WORTH:
         known = alike

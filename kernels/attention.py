@@ -8,8 +8,8 @@ CPU this is faster than PyTorch's routine while there are few positions, and tha
 positions the matrix of weights no longer fits a cache, and PyTorch's routine, which never writes it down, is better, as it always is on a
 GPU. The sampler asks with one query per row of keys in a cache: for that layers_triton.py has a kernel.
 
-With fewer than four queries in one matrix, the products of a CPU add in another order than with many, and are slower. So the sampler fills up
-with zeros, and gets the logits of the trainer to the bit: rounding one of 50 moves its weight by as much as it moves the logit, 4e-6.
+With fewer than four queries in one matrix, the products of a CPU add in another order than with many, and are slower. So the sampler fills
+up with zeros, and gets the logits of the trainer to the bit: rounding one of 50 moves its weight by as much as it moves the logit, 4e-6.
 
 A CPU attends in fp64 for bf16 models. Rows of all other products there are the same to the bit in whatever company, but the sums of
 attention run in another order in the sampler than in the trainer; in fp32 that turns a bf16 the other way now and then, and thirty layers

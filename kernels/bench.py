@@ -69,8 +69,8 @@ GOALS = {("cpu", "head", torch.bfloat16, "TRL chunked"): 2.0, ("cuda", "head", t
 @dataclass(frozen=True)
 class Work:
     """
-    Prompts to reply to, `rows` at a time: one of the instructions in front, of so many tokens, then between own[0] and own[1] tokens of their
-    own. Replies have up to `new` tokens, and end with each of them with this chance.
+    Prompts to reply to, `rows` at a time: one of the instructions in front, of so many tokens, then between own[0] and own[1] tokens of
+    their own. Replies have up to `new` tokens, and end with each of them with this chance.
     """
     prompts: int
     rows: int
@@ -81,7 +81,7 @@ class Work:
 
 
 # equal: nothing in common, and nobody ends early. game: what games ask for. In the embedded world prompts have 13 tokens and replies 17 on
-# average, and an examination asks more than a thousand; real attackers are instructed in 125 tokens where the seed is harmful, and in 117 where
+# average, and an examination asks more than a thousand; real attackers are instructed in 125 tokens where the seed is harmful, in 117 where
 # it is benign
 WORKS = {"cpu": {"toy-sized": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(512, 64, (0,), (8, 18), 48, 1 / 17)},
                  "6M": {"equal": Work(64, 64, (0,), (25, 32), 32, 0.0), "game": Work(512, 64, (0,), (8, 18), 48, 1 / 17)},
@@ -119,8 +119,8 @@ def seconds(act: Callable[[], object]) -> float:
 def beside(section: str, what: str, dtype: torch.dtype, ours: Callable[[], object], peers: dict[str, Callable[[], object] | None],
            note: str = "", floor_s: float = 0.0) -> list[Row]:
     """
-    Time ours and all peers in turns; a row for each peer, and one for the floor if there is one. The first round does not count, if there is
-    time for more.
+    Time ours and all peers in turns; a row for each peer, and one for the floor if there is one. The first round does not count, if there
+    is time for more.
     """
     acts, begun = [ours, *(act for act in peers.values() if act)], time.perf_counter()
     first = [seconds(act) * 1e3 for act in acts]
@@ -289,7 +289,8 @@ class Generated:
     def rescored(self, model: torch.nn.Module) -> Tensor:
         """logprob_BT of the replies by a pass over the whole."""
         position_BT, T = (self.mask_BT.cumsum(1) - 1).clamp(min=0), self.reply_BT.shape[1]
-        logits_BTV = model(self.whole_BT, attention_mask=self.mask_BT, position_ids=position_BT, logits_to_keep=T + 1, use_cache=False).logits
+        given = dict(attention_mask=self.mask_BT, position_ids=position_BT, logits_to_keep=T + 1, use_cache=False)
+        logits_BTV = model(self.whole_BT, **given).logits
         return logits_BTV[:, :-1].float().log_softmax(-1).gather(2, self.whole_BT[:, -T:, None]).squeeze(2)
 
 
@@ -314,6 +315,7 @@ class Pair:
         return [self.generate_batch(prompts, scores, cache) for prompts in batches]
 
     def generate_batch(self, prompts: list[list[int]], scores: bool, cache: str) -> Generated:
+        """Some prompts, longest first."""
         longest = len(prompts[0])
         ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
         mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
@@ -332,7 +334,8 @@ class Pair:
 def pair_of(ours: Transformer, dtype: torch.dtype, work: Work) -> Pair:
     rng, vocab = np.random.default_rng(0), ours.shape.vocab
     heads = [rng.integers(1, vocab, size).tolist() for size in work.instructions]
-    prompts = [heads[n % len(heads)] + rng.integers(1, vocab, rng.integers(work.own[0], work.own[1] + 1)).tolist() for n in range(work.prompts)]
+    own = [rng.integers(1, vocab, rng.integers(work.own[0], work.own[1] + 1)).tolist() for _ in range(work.prompts)]
+    prompts = [heads[n % len(heads)] + some for n, some in enumerate(own)]
     return Pair(ours, theirs_of(ours, dtype), work, sorted(prompts, key=len, reverse=True), list(range(1, 1 + round(work.ends * vocab))))
 
 
@@ -404,7 +407,7 @@ def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
 # ---------------------------------------------------------------- a whole step
 
 def bench_step(dtype: torch.dtype) -> list[Row]:
-    """Games of the smallest model: play, score by the reference, and one update's passes; each beside its floor, and together beside theirs."""
+    """Games of the smallest model: play, score by the reference, and an update's passes; each beside its floor, together beside theirs."""
     name, config = next(iter(MODELS.items()))
     pair = pair_of(random_model(config, dtype), dtype, TRAINED)
     replies, (flops, _), weights = pair.sample(), ceilings(dtype), sum(p.numel() for p in pair.ours.parameters())
