@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -149,9 +149,9 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     return 2 * size ** 3 / product, 2 * many / copy
 
 
-def bench_ceilings(dtype: torch.dtype) -> list[Row]:
+def bench_ceilings(dtype: torch.dtype) -> Iterator[Row]:
     flops, bandwidth = ceilings(dtype)
-    return [Row("ceilings", str(dtype)[6:], 0.0, 0.0, note=f"product {flops / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")]
+    yield Row("ceilings", str(dtype)[6:], 0.0, 0.0, note=f"product {flops / 1e12:.2f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s")
 
 
 def step_floor(model: Transformer, rows: int, context: int, dtype: torch.dtype) -> float:
@@ -190,9 +190,8 @@ def forward_backward(head: Callable, hidden_ND: Tensor, weight_VD: Tensor, ids_N
     return act
 
 
-def bench_head(dtype: torch.dtype) -> list[Row]:
+def bench_head(dtype: torch.dtype) -> Iterator[Row]:
     """Log-probability, forward and backward. The error is the largest against fp64, on the first 256 tokens."""
-    rows = []
     for N, D, V in HEADS:
         made = dict(generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
         hidden_ND = (torch.randn(N, D, **made) * 25 / (3 * D ** 0.5)).to(dtype).requires_grad_()
@@ -207,9 +206,8 @@ def bench_head(dtype: torch.dtype) -> list[Row]:
         peers = {name: acts.get(name) for name in ("full logits", "TRL chunked")}
         note, product_s = "errors: " + ", ".join(errors) + extra_memory(acts["ours"], N, D, V, dtype), 2 * N * D * V / ceilings(dtype)[0]
         alone = lambda: our_head(hidden_ND.detach(), weight_VD.detach(), ids_N, 0.7)
-        rows += beside("head", f"{N} x {D} x {V}, both passes", dtype, acts["ours"], peers, note, floor_s=4 * product_s)
-        rows += beside("head", f"{N} x {D} x {V}, forward", dtype, alone, {}, floor_s=product_s)
-    return rows
+        yield from beside("head", f"{N} x {D} x {V}, both passes", dtype, acts["ours"], peers, note, floor_s=4 * product_s)
+        yield from beside("head", f"{N} x {D} x {V}, forward", dtype, alone, {}, floor_s=product_s)
 
 
 def extra_memory(act: Callable[[], object], N: int, D: int, V: int, dtype: torch.dtype) -> str:
@@ -229,9 +227,9 @@ def worst(ours: Tensor, exact: Tensor) -> str:
     return f"{(ours.double() - exact).abs().max():.0e}"
 
 
-def bench_layers(dtype: torch.dtype) -> list[Row]:
+def bench_layers(dtype: torch.dtype) -> Iterator[Row]:
     """Attention of one query per row to a full cache, the norm and the gate, as a step of the sampler calls them. Errors against fp64."""
-    rows, bandwidth = [], ceilings(dtype)[1]
+    bandwidth = ceilings(dtype)[1]
     made = lambda *size, of=dtype: torch.randn(*size, device=DEVICE).to(of)
     often, times = lambda act: lambda: [act() for _ in range(CALLS)], f", {CALLS} times" if CALLS > 1 else ""
     kept = precision(dtype, DEVICE)
@@ -242,8 +240,8 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
         ours, theirs = lambda: attend_one(query, keys, values, mask_BS, slot), lambda: F.scaled_dot_product_attention(packed, *same)
         exact = attention_formula(*(t[:4].double() for t in (query, keys, values)), torch.zeros(1, device=DEVICE, dtype=torch.double))
         note = f"errors: ours {worst(ours()[:4], exact)}, PyTorch's {worst(theirs().view(B, 1, -1)[:4], exact)}"
-        rows += beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}{times}", dtype, often(ours),
-                       {"PyTorch's routine": often(theirs)}, note, floor_s=CALLS * 2 * keys.nbytes / bandwidth)
+        yield from beside("layers", f"attention, {B} rows, {K} x {G} heads, {S} slots, width {E}{times}", dtype, often(ours),
+                          {"PyTorch's routine": often(theirs)}, note, floor_s=CALLS * 2 * keys.nbytes / bandwidth)
     D = max(config.hidden_size for config in MODELS.values())
     rows_at_once = CACHES[0][0]
     x, weight, gate_up = made(rows_at_once, 1, D), made(D), made(rows_at_once, 1, 8 * D)
@@ -251,9 +249,8 @@ def bench_layers(dtype: torch.dtype) -> list[Row]:
                                      ("gate", swiglu, swiglu_formula, (gate_up,))):
         exact = eager(*(t.double() for t in given))
         note = f"errors: ours {worst(ours(*given), exact)}, eager {worst(eager(*given), exact)}"
-        rows += beside("layers", f"{name}, {rows_at_once} rows, width {D}{times}", dtype, often(partial(ours, *given)),
-                       {"eager": often(partial(eager, *given))}, note)
-    return rows
+        yield from beside("layers", f"{name}, {rows_at_once} rows, width {D}{times}", dtype, often(partial(ours, *given)),
+                          {"eager": often(partial(eager, *given))}, note)
 
 
 # ---------------------------------------------------------------- models
@@ -349,9 +346,9 @@ def sampler_floor(pair: Pair, tokens: int, dtype: torch.dtype) -> float:
     return 2 * weights * own / ceilings(dtype)[0] + tokens / work.rows * step_floor(pair.ours, work.rows, context, dtype)
 
 
-def bench_sampler(dtype: torch.dtype) -> list[Row]:
+def bench_sampler(dtype: torch.dtype) -> Iterator[Row]:
     """Ours always records log-probabilities. Theirs: with and, of the first model, without, and with a cache of fixed size."""
-    rows, goals = [], {"equal": "equal prompts", "game": "sampler"}
+    goals, first = {"equal": "equal prompts", "game": "sampler"}, next(iter(MODELS))
     for model, config in MODELS.items():
         random = random_model(config, dtype)
         for kind, work in WORKS[model].items():
@@ -359,13 +356,12 @@ def bench_sampler(dtype: torch.dtype) -> list[Row]:
             drawn = lambda: sum(len(reply.ids) for reply in pair.sample())
             theirs = lambda **how: lambda: int(sum(batch.reply_BT.sum() for batch in pair.generate(**how)))
             peers = {"generate, log-probs": theirs()}
-            if not rows:
+            if (model, kind) == (first, "equal"):
                 peers |= {"generate": theirs(scores=False), "generate, static cache": theirs(scores=False, cache="static")}
             tokens = drawn()
             what = f"{model}, {work.prompts} prompts over {work.rows} rows, 1,000 tokens"
-            rows += beside(goals[kind], what, dtype, drawn, peers, floor_s=1000 / tokens * sampler_floor(pair, tokens, dtype))
-        rows += bench_decode(model, pair_of(random, dtype, WORKS[model]["equal"]), dtype)
-    return rows
+            yield from beside(goals[kind], what, dtype, drawn, peers, floor_s=1000 / tokens * sampler_floor(pair, tokens, dtype))
+        yield from bench_decode(model, pair_of(random, dtype, WORKS[model]["equal"]), dtype)
 
 
 @torch.inference_mode()
@@ -386,11 +382,10 @@ def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
     return [replace(row, note=f"{8 * rows / row.ours_ms * 1e3:,.0f} tokens a second") for row in found]
 
 
-def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
+def bench_mismatch(dtype: torch.dtype, folder: str = "") -> Iterator[Row]:
     """|sampler - trainer| of the log-probability, nats a token: ours, and theirs between `generate` and a pass over the same tokens."""
     models = {folder: lambda: load(folder, dtype).to(DEVICE).requires_grad_(False)} if folder else \
         {name: lambda config=config: random_model(config, dtype) for name, config in MODELS.items()}
-    rows = []
     for name, make in models.items():
         pair = pair_of(make(), dtype, Work(16, 16, (0,), (25, 32), 32, 0.0))
         replies, theirs = pair.sample(), pair.generate()[0]
@@ -400,13 +395,23 @@ def bench_mismatch(dtype: torch.dtype, folder: str = "") -> list[Row]:
             theirs_N = (theirs.rescored(pair.theirs) - theirs.logprob_BT)[theirs.reply_BT].abs()
         note = ", ".join(f"{who} mean {d.mean():.1e}, max {d.max():.1e}, ratios off by 1 %: {(d.expm1().abs() > 0.01).float().mean():.0%}"
                          for who, d in (("ours", ours_N), ("theirs", theirs_N)))
-        rows.append(Row("mismatch", f"{name}, {str(dtype)[6:]}", 0.0, 0.0, note=note))
-    return rows
+        yield Row("mismatch", f"{name}, {str(dtype)[6:]}", 0.0, 0.0, note=note)
 
 
 # ---------------------------------------------------------------- a whole step
 
-def bench_step(dtype: torch.dtype) -> list[Row]:
+def shares(act: Callable[[], object], most: int = 6) -> str:
+    """The operations that take most of an act's time on a CPU."""
+    if DEVICE.type != "cpu":
+        return ""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        act()
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    largest = sorted(times, key=lambda name: -times[name])[:most]
+    return ", ".join(f"{name} {times[name] / sum(times.values()):.0%}" for name in largest)
+
+
+def bench_step(dtype: torch.dtype) -> Iterator[Row]:
     """Games of the smallest model: play, score by the reference, and an update's passes; each beside its floor, together beside theirs."""
     name, config = next(iter(MODELS.items()))
     pair = pair_of(random_model(config, dtype), dtype, TRAINED)
@@ -438,9 +443,10 @@ def bench_step(dtype: torch.dtype) -> list[Row]:
     what = f"{name}, {TRAINED.prompts} turns"
     parts = {"play": (pair.sample, sampler_floor(pair, sum(len(r.ids) for r in replies), dtype)),
              "score": (lambda: passes(backward=False), pass_s), "update": (lambda: passes(backward=True), 3 * pass_s)}
-    rows = [row for part, (act, floor_s) in parts.items() for row in beside("step", f"{part}, {what}", dtype, act, {}, floor_s=floor_s)]
+    for part, (act, floor_s) in parts.items():
+        yield from beside("step", f"{part}, {what}", dtype, act, {}, note=shares(act), floor_s=floor_s)
     whole_s = sum(floor_s for _, floor_s in parts.values())
-    return rows + beside("step", f"whole, {what}", dtype, ours, {"the same by transformers": theirs}, floor_s=whole_s)
+    yield from beside("step", f"whole, {what}", dtype, ours, {"the same by transformers": theirs}, floor_s=whole_s)
 
 
 SECTIONS = {"ceilings": bench_ceilings, "head": bench_head, "layers": bench_layers, "sampler": bench_sampler, "mismatch": bench_mismatch,
@@ -476,9 +482,9 @@ def main() -> None:
     rows = []
     for name in args.sections or SECTIONS:
         for dtype in TYPES:
-            found = bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype)
-            print("\n".join(map(line, found)), flush=True)
-            rows += found
+            for row in bench_mismatch(dtype, args.model) if name == "mismatch" else SECTIONS[name](dtype):
+                print(line(row), flush=True)
+                rows.append(row)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
