@@ -467,7 +467,8 @@ def line(row: Row) -> str:
 def main() -> None:
     cli = ArgumentParser(description="Time the hand-written parts beside their peers.")
     cli.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)} [all]")
-    cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=f"some of {', '.join(MODELS)} [all]")
+    known = ", ".join(MODELS)
+    cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help=f"some of {known} [all]")
     cli.add_argument("--model", default="", help="measure the mismatch of this checkpoint in place of random models")
     cli.add_argument("--json", help="write the rows to this file")
     args = cli.parse_args()
