@@ -412,7 +412,10 @@ def activation_bytes(shape: Shape, recompute: bool) -> int:
 
 
 def cache_bytes(shape: Shape) -> int:
-    """Keys and values of one full batch of the sampler, in bf16, and of prompts that wait, for two instructions or so."""
+    """
+    Keys and values of one full batch of the sampler, in bf16, and of prompts that have been run and wait for a seat: for each of two
+    instructions a group of them, and another that is made when the first ends.
+    """
     return 2 * 2 * (CACHE_SLOTS + 4 * AHEAD) * shape.layers * shape.kv_heads * shape.head_width
 
 

@@ -6,9 +6,10 @@ The product that a transformer mostly consists of, and its gradients.
 
 On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. Which one is fast, the processor decides:
 
-    AVX-512, not by Intel    MKL does not use all of it: on one core of an EPYC we measured 65 to 100 GFLOP/s of MKL, 130 to 220 of oneDNN.
-                             Large fp32 products go to oneDNN, by the operator that torch.compile uses for them. Both add in fp32; by the
-                             order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100)
+    AVX-512                  on one core of an EPYC, where MKL does not use all of it, we measured 65 to 100 GFLOP/s of MKL, 130 to 220 of
+                             oneDNN; on Intel's we have not measured. Large fp32 products go to oneDNN, by the operator that torch.compile
+                             uses for them. Both add in fp32; by the order in which it adds, oneDNN errs up to three times as much (7e-5
+                             where sums of 576 products are about 100)
     AVX2 alone               MKL 75 to 84 of at most 100, oneDNN 50 to 75, and some milliseconds for each new shape: MKL
     no bf16 arithmetic       oneDNN's bf16 products run at 1 to 10 GFLOP/s: factors are widened to fp32, which loses nothing, and the result
                              is rounded to bf16, as it would have been
@@ -59,6 +60,7 @@ def widened(t: Tensor | None) -> Tensor | None:
 
 
 def is_for_onednn(x: Tensor, weight_MD: Tensor) -> bool:
+    """Whether this product is one of the large fp32 ones that oneDNN is faster at."""
     return BY_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight_MD) >= SMALLEST
 
 
