@@ -6,10 +6,10 @@ The product that a transformer mostly consists of, and its gradients.
 
 On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libraries come with it. Which one is fast, the processor decides:
 
-    AVX-512                  on one core of an EPYC, where MKL does not use all of it, we measured 65 to 100 GFLOP/s of MKL, 130 to 220 of
-                             oneDNN; on Intel's we have not measured. Large fp32 products go to oneDNN, by the operator that torch.compile
-                             uses for them. Both add in fp32; by the order in which it adds, oneDNN errs up to three times as much (7e-5
-                             where sums of 576 products are about 100)
+    AVX-512, by AMD          MKL does not use all of it: on one core of an EPYC we measured 65 to 100 GFLOP/s of MKL, 130 to 220 of oneDNN.
+                             Large fp32 products go to oneDNN, by the operator that torch.compile uses for them. Both add in fp32; by the
+                             order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100)
+    AVX-512, by Intel        on one core of a Xeon MKL 80 to 160, oneDNN 45 to 150, least where products are small: MKL
     AVX2 alone               MKL 75 to 84 of at most 100, oneDNN 50 to 75, and some milliseconds for each new shape: MKL
     no bf16 arithmetic       oneDNN's bf16 products run at 1 to 10 GFLOP/s: factors are widened to fp32, which loses nothing, and the result
                              is rounded to bf16, as it would have been
@@ -17,14 +17,18 @@ On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libra
 What else makes a CPU slow, the C library's way with memory, is mended here, too.
 """
 import ctypes
+import platform
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CPUINFO = Path("/proc/cpuinfo")
+BY_AMD = "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.is_file() else platform.processor())
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-BY_ONEDNN = HAS_ONEDNN and torch.cpu._is_avx512_supported()   # large fp32 products
+BY_ONEDNN = HAS_ONEDNN and BY_AMD and torch.cpu._is_avx512_supported()   # large fp32 products
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 SMALLEST = 2 ** 20    # multiplications from which on the better product makes up for the longer way to it
 

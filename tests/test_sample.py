@@ -27,7 +27,7 @@ def ragged_prompts(n, rng=None):
 def differences(model, prompts, seed, stops, temperature=1.0):
     """|sampler - trainer| of the log-probability of every token that is drawn for these prompts."""
     replies = sample(model, prompts, uniforms(seed, 0, range(len(prompts)), 0, 20), stops, temperature)
-    assert len({len(r.ids) for r in replies}) > 5, "the replies should be ragged too"
+    assert len({len(r.ids) for r in replies}) > 3, "the replies should be ragged too"
     ids_BT, mask_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]])
     with torch.no_grad():
         return (score(model, ids_BT, mask_BT, temperature)[0] - sampled_BT)[mask_BT].abs()
