@@ -27,7 +27,7 @@ def ragged_prompts(n, rng=None):
 def differences(model, prompts, seed, stops, temperature=1.0):
     """|sampler - trainer| of the log-probability of every token that is drawn for these prompts."""
     replies = sample(model, prompts, uniforms(seed, 0, range(len(prompts)), 0, 20), stops, temperature)
-    assert len({len(r.ids) for r in replies}) > 3, "the replies should be ragged too"
+    assert len({len(r.ids) for r in replies}) > 5, "the replies should be ragged too"
     ids_BT, mask_BT, sampled_BT = pack(prompts, [r.ids for r in replies], [[r.logprobs for r in replies]])
     with torch.no_grad():
         return (score(model, ids_BT, mask_BT, temperature)[0] - sampled_BT)[mask_BT].abs()
@@ -153,7 +153,7 @@ def test_in_bf16_a_real_model_of_thirty_layers_samples_what_its_trainer_would(sm
     """In fp32, attention in another order would turn a bf16 the other way now and then, and the log-probabilities would differ by .03."""
     real = load(smollm2, torch.bfloat16)
     prompts = [chat_ids(open_tokenizer(smollm2), "{text}", f"Tell me about {thing}.") for thing in ("tea", "the sea", "iron and gold", "a long winter in the north")]
-    measured("bf16, mean over tokens", differences(real, prompts * 4, 0, stop_ids(real, open_tokenizer(smollm2)) + list(range(0, 49152, 24))).mean(), 5e-3)
+    measured("bf16, mean over tokens", differences(real, prompts * 4, 2, stop_ids(real, open_tokenizer(smollm2)) + list(range(5, 49152, 16))).mean(), 5e-3)
 
 
 def test_chance_depends_on_seed_step_game_and_turn_alone():
