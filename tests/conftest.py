@@ -23,6 +23,17 @@ from sample import MARK, plain_ids
 from selfplay import Setting, pack
 
 
+LONGEST = ["test_readme.py", "test_faults.py", "test_train.py"]   # files to start with, or one worker ends with them alone
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False   # xdist would start with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def measured(what: str, error: float, bound: float) -> None:
     """Print how large an error is and how large it may be, then insist."""
     error = torch.as_tensor(error).detach().item()
