@@ -118,14 +118,14 @@ class Cache:
 
     The `shared` slots in front hold a prefix that all rows have in common; rows are padded behind it. `length` counts the slots in use; it
     lies on the device as length_1, from where a step of one token reads it. What such a step would compute anew each time comes with it:
-    cosines and sines of all positions, and which slots are padding. Addresses stay until rows leave, so that a step can be recorded.
-    Keys and values are kept in the precision of attention, which for bf16 models on a CPU is fp64.
+    cosines and sines of all positions, and which slots are padding. Nobody needs the first `front` slots any more. Addresses stay until
+    rows leave, so that a step can be recorded. Keys and values are kept in the precision of attention, for bf16 models on a CPU fp64.
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size, device = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width), pad_B.device
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=precision(dtype, device), device=device)
-        self.pad_B, self.shared, self.slots = pad_B.clone(), shared, slots
+        self.pad_B, self.shared, self.slots, self.front = pad_B.clone(), shared, slots, 0
         self.length_1 = torch.zeros(1, dtype=torch.long, device=device)
         self.rotation_S2E = rotation(torch.arange(slots, device=device), shape, dtype)
         self.mask_BS = torch.empty(rows, slots, device=device)
@@ -160,10 +160,11 @@ class Cache:
         return keys_BKSE[:, :, :end], values_BKSE[:, :, :end]
 
     def append_one(self, layer: int, key_BK1E: Tensor, value_BK1E: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one slot of one layer, and return its slots, on a GPU used or not; its host does not learn which it was."""
-        if self.length_1.device.type == "cpu":
-            return self.append(layer, key_BK1E, value_BK1E)
+        """Write one slot of one layer, and return all its slots, used or not. A GPU's host does not learn which it was."""
         keys_BKSE, values_BKSE = self.key_LBKSE[layer], self.value_LBKSE[layer]
+        if keys_BKSE.device.type == "cpu":
+            self.append(layer, key_BK1E, value_BK1E)
+            return keys_BKSE, values_BKSE
         keys_BKSE.index_copy_(2, self.length_1, key_BK1E.to(keys_BKSE.dtype))
         values_BKSE.index_copy_(2, self.length_1, value_BK1E.to(keys_BKSE.dtype))
         return keys_BKSE, values_BKSE
@@ -189,6 +190,7 @@ class Cache:
             block_BKSE[:, :, :length - by] = block_BKSE[:, :, by:length].clone()
         self.pad_B.sub_(by).clamp_(min=0)
         self.length_1 -= by
+        self.front = max(self.front - by, 0)
         self.hide()
 
     def keep(self, row_B: Tensor) -> None:
@@ -287,7 +289,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         query_BTHE, *slots = self.project(x_BTD, rotation_BT2E)
         if cache and mask is None:
-            return self.o_proj(attend_one(query_BTHE, *cache.append_one(layer, *slots), cache.mask_BS, cache.length_1))
+            return self.o_proj(attend_one(query_BTHE, *cache.append_one(layer, *slots), cache.mask_BS, cache.length_1, cache.front))
         return self.o_proj(attend(query_BTHE, *(cache.append(layer, *slots) if cache else slots), mask))
 
 

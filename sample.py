@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 
 WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
+SPARE = {"cpu": 64, "cuda": 0}             # more slots a row: a CPU leaves out what nobody needs any more; to move the rest takes time
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
 WORDS = 128               # words in a block of the vocabulary, see draw
 COMPANY = 16              # rows for each thread of a CPU that a batch keeps: with fewer, products add in another order than a trainer's
+EMPTY = {"cpu": 1 / 32, "cuda": 1 / 8}     # prompts that wait take their seats once so many of a batch's are empty
 FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to record its step anew
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
@@ -197,7 +199,8 @@ class Seats:
             self.waiting.setdefault(self.prefix[prompt], []).append(prompt)
         self.number_B = torch.full((rows,), N, device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
-        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps, torch.zeros_like(self.t_B), dtype)
+        self.spare = SPARE[device.type]
+        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps + self.spare, torch.zeros_like(self.t_B), dtype)
         self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
         self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
         self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
@@ -208,11 +211,14 @@ class Seats:
         """Seats that are taken. To ask is to wait for a GPU."""
         return int((self.number_B < self.N).sum())
 
-    def make_room(self) -> None:
-        """Slots in front that no prompt at work needs any more become free behind."""
+    def unneeded(self) -> int:
+        """Slots in front that no prompt at work needs any more."""
         pad_N = self.cache.pad_B[self.number_B < self.N]
-        by = int(pad_N.min()) if len(pad_N) else self.cache.length
-        if by:
+        return int(pad_N.min()) if len(pad_N) else self.cache.length
+
+    def make_room(self) -> None:
+        """They become free behind, as soon as they are more than the spare ones."""
+        if (by := self.unneeded()) > self.spare:
             self.cache.slide(by)
 
     def fill(self) -> None:
@@ -231,6 +237,7 @@ class Seats:
                 self.cache.place(*torch.tensor([(b, i) for b, _, i in some], device=empty_N.device).T, cache)
         self.number_B[empty_N] = torch.arange(new.start, new.stop, device=empty_N.device)
         self.next_B[empty_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
+        self.cache.front = self.unneeded()
 
     def find(self, prompt: tuple[int, ...]) -> tuple[Cache, int]:
         """
@@ -254,7 +261,7 @@ class Seats:
         stays_B |= (~stays_B).cumsum(0) <= self.least - int(stays_B.sum())
         self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
         self.cache.keep(stays_B)
-        self.recorded = None
+        self.cache.front, self.recorded = self.unneeded(), None
 
     def step(self) -> None:
         """Everybody draws a token, and some leave with it. All of it happens on the device, at addresses that stay, and nobody waits."""
@@ -299,12 +306,13 @@ class Seats:
 def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float, done: Done,
            rows: int, bar: tqdm) -> list[Sample]:
     """
-    All prompts, longest first, through so many rows. As soon as an eighth of them have stopped, prompts that wait take their places; once
-    none wait, those that have stopped leave when they are a quarter of the batch, on a GPU half of it.
+    All prompts, longest first, through so many rows. As soon as a thirty-second of them have stopped, on a GPU an eighth, prompts that wait
+    take their places; once none wait, those that have stopped leave when they are a quarter of the batch, on a GPU half of it.
     """
-    seats, working, full = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0, FULL[model.embed_tokens.weight.device.type]
+    seats, working, device = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0, model.embed_tokens.weight.device.type
+    empty, full = max(1, int(rows * EMPTY[device])), FULL[device]
     while working or seats.seated < seats.N:
-        if seats.seated < seats.N and working <= rows - max(1, rows // 8):
+        if seats.seated < seats.N and working <= rows - empty:
             seats.fill()
         elif seats.seated == seats.N and max(working, seats.least) <= full * len(seats.number_B):
             seats.shrink()

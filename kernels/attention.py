@@ -75,14 +75,14 @@ def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tenso
     return reference(query_BTHE, key_BKSE, value_BKSE, causal(T, query_BTHE) if mask is None else mask).to(dtype)
 
 
-def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, mask_BS: Tensor, slot_1: Tensor) -> Tensor:
+def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, mask_BS: Tensor, slot_1: Tensor, front: int = 0) -> Tensor:
     """
     Attention of one query per row to slots 0 .. slot_1[0] of a cache, [B, 1, H * E], without a gradient. mask_BS is fp32, zeros and minus
-    infinities. On a GPU nothing here waits for the host.
+    infinities; the first `front` slots are hidden in any row that matters, and a CPU leaves them out. On a GPU nothing waits for the host.
     """
     if query_B1HE.is_cuda:
         from kernels import layers_triton
         return layers_triton.attend_one(query_B1HE, keys_BKSE, values_BKSE, mask_BS, slot_1)
     end = int(slot_1) + 1
-    seen = keys_BKSE[:, :, :end], values_BKSE[:, :, :end], mask_BS[:, :end]
+    seen = keys_BKSE[:, :, front:end], values_BKSE[:, :, front:end], mask_BS[:, front:end]
     return one_query(query_B1HE.to(keys_BKSE.dtype), *seen).to(query_B1HE.dtype)

@@ -297,6 +297,13 @@ def test_attention_to_nothing_but_padding_is_finite_and_logits_of_1e4_are_right(
     assert torch.equal(ours, layers_triton.attend_one(query, keys, values, mask_BS, slot)), "two runs give the same bits"
 
 
+def test_a_cpu_does_not_look_at_slots_in_front_that_nobody_needs():
+    query, keys, values, mask_BS, slot = some(2, 1, 4, 16), some(2, 2, 30, 16, seed=1), some(2, 2, 30, 16, seed=2), torch.zeros(2, 30), torch.tensor([20])
+    exact = attention.attend_one(query, keys[:, :, 7:], values[:, :, 7:], mask_BS[:, 7:], slot - 7)
+    keys[:, :, :7], values[:, :, :7] = torch.nan, torch.nan
+    assert torch.equal(attention.attend_one(query, keys, values, mask_BS, slot, 7), exact)
+
+
 def test_a_query_that_is_not_contiguous_passes_through_the_kernel():
     wide, keys, values = some(3, 1, 8, 32), some(3, 2, 50, 16, seed=1), some(3, 2, 50, 16, seed=2)
     query, mask_BS, slot = wide[:, :, 2:6, ::2], torch.zeros(3, 50), torch.tensor([49])

@@ -1,6 +1,7 @@
 """Sampling: what is drawn, with what probability, and that nobody's text becomes markup."""
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,20 @@ def test_prompts_that_wait_take_the_places_of_those_that_stopped_and_draw_what_t
     steps, drawn = [B for B, T in passes if T == 1 and B > 1], sum(len(r.ids) for r in together)
     measured("empty places, share of all rows of all steps", 1 - drawn / sum(steps), 0.2)
     measured("passes over prompts, where 40 take turns on 8 rows", sum(T > 1 for _, T in passes), 2)
+
+
+def test_slots_that_nobody_needs_are_left_out_and_moved_away_seldom(tiny, monkeypatch):
+    prompts, uniform_NT, stops = ragged_prompts(60), uniforms(1, 2, range(60), 0, 12), list(range(0, 160, 12))
+    monkeypatch.setattr(s, "CACHE_SLOTS", 8 * (max(map(len, prompts)) + 12))
+    fronts, moves, attend_one, slide = [], Counter(), model.attend_one, model.Cache.slide
+    monkeypatch.setattr(model, "attend_one", lambda *given: fronts.append(given[-1]) or attend_one(*given))
+    monkeypatch.setattr(model.Cache, "slide", lambda self, by: moves.update([spare]) or slide(self, by))
+    replies = {}
+    for spare in (0, 5, 20):
+        monkeypatch.setitem(s.SPARE, "cpu", spare)
+        replies[spare] = [r.ids for r in sample(tiny, prompts, uniform_NT, stops)]
+    assert replies[0] == replies[5] == replies[20]
+    assert moves[0] > moves[5] > moves[20] > 0 and max(fronts) > 5, (moves, max(fronts))
 
 
 def test_a_prompt_that_occurs_several_times_is_run_once(tiny, monkeypatch):
