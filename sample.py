@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
-CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
-SPARE = {"cpu": 64, "cuda": 0}             # more slots a row: a CPU leaves out what nobody needs any more; to move the rest takes time
+CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16; without the spare ones
+SPARE = {"cpu": 64, "cuda": 0}             # more slots for a row: a CPU leaves out what nobody needs any more, for to move the rest takes time
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
 WORDS = 128               # words in a block of the vocabulary, see draw
@@ -217,7 +217,7 @@ class Seats:
         return int(pad_N.min()) if len(pad_N) else self.cache.length
 
     def make_room(self) -> None:
-        """They become free behind, as soon as they are more than the spare ones."""
+        """Slots that nobody needs become free behind, as soon as they are more than the spare ones."""
         if (by := self.unneeded()) > self.spare:
             self.cache.slide(by)
 

@@ -11,8 +11,8 @@ On a CPU, PyTorch gives fp32 products to MKL and bf16 ones to oneDNN; both libra
                              order in which it adds, oneDNN errs up to three times as much (7e-5 where sums of 576 products are about 100)
     AVX-512, by Intel        on one core of a Xeon MKL 80 to 160, oneDNN 45 to 150, least where products are small: MKL
     AVX2 alone               MKL 75 to 84 of at most 100, oneDNN 50 to 75, and some milliseconds for each new shape: MKL
-    no bf16 arithmetic       oneDNN's bf16 products run at 1 to 10 GFLOP/s: factors are widened to fp32, which loses nothing, and the result
-                             is rounded to bf16, as it would have been
+    no bf16 arithmetic       oneDNN's bf16 products run at 1 to 10 GFLOP/s with AVX2, at 25 to 30 with AVX-512: factors are widened to fp32
+                             (75 to 140), which loses nothing, and the result is rounded to bf16, as it would have been
 
 What else makes a CPU slow, the C library's way with memory, is mended here, too.
 """
