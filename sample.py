@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
 CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16; without the spare ones
-SPARE = {"cpu": 64, "cuda": 0}             # more slots for a row: a CPU leaves out what nobody needs any more, for to move the rest takes time
+SPARE = {"cpu": 64, "cuda": 0}             # more slots for a row: a CPU leaves out what nobody needs, for to move the rest takes time
 PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
 AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
 WORDS = 128               # words in a block of the vocabulary, see draw
