@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attend, attend_one, precision
-from kernels.linear import linear, unrounded
+from kernels.linear import linear, matmul_fp32
 from kernels.logprob import token_logprob
 from kernels.norm import rms_norm
 from kernels.swiglu import swiglu
@@ -53,7 +53,7 @@ def stop(sentence: str) -> NoReturn:
 # ---------------------------------------------------------------- shape
 
 @dataclass(frozen=True)
-class Shape:
+class ModelConfig:
     """What the formulas need to know, read from a Hugging Face config."""
     layers: int
     width: int
@@ -93,7 +93,7 @@ def unsupported(config: PreTrainedConfig) -> dict[str, object]:
             | {field: value for field, value in rope.items() if field not in known})
 
 
-def shape_of(config: PreTrainedConfig, name: str) -> Shape:
+def read_config(config: PreTrainedConfig, name: str) -> ModelConfig:
     """The shape behind a config. What we do not implement is refused by name, never ignored."""
     if config.model_type not in ARCHITECTURES:
         stop(f"{name}: config.json says model_type = {config.model_type!r}; model.py implements {', '.join(ARCHITECTURES)}.")
@@ -101,7 +101,7 @@ def shape_of(config: PreTrainedConfig, name: str) -> Shape:
         stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; choose another model.")
     rope, bias = config.rope_parameters, getattr(config, "attention_bias", False)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads,
+    return ModelConfig(layers=config.num_hidden_layers, width=config.hidden_size, heads=config.num_attention_heads,
                  kv_heads=config.num_key_value_heads, head_width=head_width, inner=config.intermediate_size, vocab=config.vocab_size,
                  rope_theta=rope["rope_theta"], rope_scaling=tuple(rope[field] for field in ROPES[rope["rope_type"]]) or None,
                  norm_eps=config.rms_norm_eps, tied=config.tie_word_embeddings, qkv_bias=config.model_type == "qwen2" or bias,
@@ -122,7 +122,7 @@ class Cache:
     rows leave, so that a step can be recorded. Keys and values are kept in the precision of attention, for bf16 models on a CPU fp64.
     """
 
-    def __init__(self, shape: Shape, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
+    def __init__(self, shape: ModelConfig, rows: int, slots: int, pad_B: Tensor, dtype: torch.dtype, shared: int = 0):
         size, device = (2, shape.layers, rows, shape.kv_heads, slots, shape.head_width), pad_B.device
         self.key_LBKSE, self.value_LBKSE = torch.zeros(size, dtype=precision(dtype, device), device=device)
         self.pad_B, self.shared, self.slots, self.front = pad_B.clone(), shared, slots, 0
@@ -224,7 +224,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rope_rates(shape: Shape, device: torch.device) -> Tensor:
+def rope_rates(shape: ModelConfig, device: torch.device) -> Tensor:
     """
     rate_E2: radians per position of each pair of channels (Su et al., arXiv 2104.09864). Llama 3 stretches what turns slowly, so that
     positions beyond the original context look like positions within it: a pair that makes fewer than `low` turns over that context is
@@ -239,9 +239,9 @@ def rope_rates(shape: Shape, device: torch.device) -> Tensor:
     return rate_E2 * (kept_E2 + (1 - kept_E2) / factor)
 
 
-def rotation(position: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+def rotation(position: Tensor, shape: ModelConfig, dtype: torch.dtype) -> Tensor:
     """
-    Cosines and sines of each position's angles, [..., 2, E]; the sines of the first half carry the minus of the rotation's formula.
+    Cosines and sines of each position's angles, [..., 2, E]; the sines of the first tmp_dir carry the minus of the rotation's formula.
     Angles in fp32: bf16 cannot tell position 1000 from 1001.
     """
     angle = position[..., None].float() * rope_rates(shape, position.device)
@@ -267,7 +267,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_width = shape.heads, shape.kv_heads, shape.head_width
         self.qkv_proj = Linear(shape.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=shape.qkv_bias)
@@ -296,7 +296,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.gate_up_proj = Linear(shape.width, 2 * shape.inner, bias=False)
         self.down_proj = Linear(shape.inner, shape.width, bias=False)
@@ -306,7 +306,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(shape.width, shape.norm_eps)
         self.self_attn = Attention(shape)
@@ -324,17 +324,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Parameter names are those of Hugging Face checkpoints without the leading `model.`, but for the matrices of APART."""
+    """Parameter names are those of Hugging Face checkpoints without the leading `model.`, but for the matrices of FUSED."""
 
     def __init__(self, config: PreTrainedConfig, name: str = "model"):
         super().__init__()
         from transformers import GenerationConfig
-        self.config, self.shape = config, shape_of(config, name)
+        self.hf_config, self.config = config, read_config(config, name)
         self.generation = GenerationConfig.from_model_config(config)
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.shape.vocab, self.shape.width), freeze=False)
-        self.layers = nn.ModuleList(Block(self.shape) for _ in range(self.shape.layers))
-        self.norm = RMSNorm(self.shape.width, self.shape.norm_eps)
-        self.lm_head = nn.Identity() if self.shape.tied else Linear(self.shape.width, self.shape.vocab, bias=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(self.config.vocab, self.config.width), freeze=False)
+        self.layers = nn.ModuleList(Block(self.config) for _ in range(self.config.layers))
+        self.norm = RMSNorm(self.config.width, self.config.norm_eps)
+        self.lm_head = nn.Identity() if self.config.tied else Linear(self.config.width, self.config.vocab, bias=False)
         self.recompute = False   # whether a backward pass makes each layer's activations again instead of keeping them
 
     def forward(self, ids_BT: Tensor, head: Head | None, pad_B: Tensor | None = None, cache: Cache | None = None) -> object:
@@ -352,10 +352,10 @@ class Transformer(nn.Module):
             one = T == 1 and head is not None   # of every row; what only fills the cache may be padding, which sees nothing
             mask = None if one else visible(cache.pad_B, cache.length, T, x_BTD.dtype, cache.shared)
         elif pad_B is not None:
-            rotation_BT2E = rotation((slot_T - pad_B[:, None]).clamp(min=0), self.shape, x_BTD.dtype)
+            rotation_BT2E = rotation((slot_T - pad_B[:, None]).clamp(min=0), self.config, x_BTD.dtype)
             mask = visible(pad_B, 0, T, x_BTD.dtype)
         else:
-            rotation_BT2E = rotation(slot_T[None], self.shape, x_BTD.dtype)
+            rotation_BT2E = rotation(slot_T[None], self.config, x_BTD.dtype)
         for layer, block in enumerate(self.layers if head else self.layers[:-1]):
             given = (x_BTD, rotation_BT2E, mask, cache, layer)
             x_BTD = checkpoint(block, *given, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(*given)
@@ -363,12 +363,12 @@ class Transformer(nn.Module):
             self.layers[-1].fill(x_BTD, rotation_BT2E, cache, len(self.layers) - 1)
         if cache:
             cache.length_1 += T
-        return head(self.norm(x_BTD), self.embed_tokens.weight if self.shape.tied else self.lm_head.weight) if head else None
+        return head(self.norm(x_BTD), self.embed_tokens.weight if self.config.tied else self.lm_head.weight) if head else None
 
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last slot, never rounded below fp32."""
-    return unrounded(hidden_BTD[:, -1], weight_VD)
+    return matmul_fp32(hidden_BTD[:, -1], weight_VD)
 
 
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -391,7 +391,7 @@ def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor, temperature: floa
 # ---------------------------------------------------------------- weights come and go
 
 def new_model(config: PreTrainedConfig, seed: int) -> Transformer:
-    """A newborn model: weights normal with deviation `config.initializer_range`, norms 1, biases 0; a function of the seed alone."""
+    """A random_init model: weights normal with deviation `config.initializer_range`, norms 1, biases 0; a function of the seed alone."""
     model, generator = Transformer(config), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -439,9 +439,9 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         weights = {}
         for file in weight_files(folder):
             weights |= {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
-        if model.shape.tied:
+        if model.config.tied:
             weights.pop("lm_head.weight", None)
-        model.load_state_dict(merged(weights), assign=True)
+        model.load_state_dict(fuse(weights), assign=True)
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
@@ -470,26 +470,26 @@ def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for entry in listed for i in (entry if isinstance(entry, list) else [entry]) if i is not None})
 
 
-APART = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}   # in checkpoints; one product here
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}   # in checkpoints; one product here
 
 
-def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fuse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters from those of a checkpoint."""
     weights = dict(weights)
-    for whole, parts in APART.items():
+    for whole, parts in FUSED.items():
         for key in [key for key in weights if f".{parts[0]}." in key]:
             weights[key.replace(parts[0], whole)] = torch.cat([weights.pop(key.replace(parts[0], part)) for part in parts])
     return weights
 
 
-def apart(weights: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+def unfuse(weights: dict[str, Tensor], shape: ModelConfig) -> dict[str, Tensor]:
     """The parameters of a Hugging Face checkpoint, under its names, from ours."""
     rows = {"qkv_proj": [heads * shape.head_width for heads in (shape.heads, shape.kv_heads, shape.kv_heads)],
             "gate_up_proj": [shape.inner, shape.inner]}
     theirs = {}
     for key, tensor in weights.items():
         whole = key.split(".")[-2]
-        pieces = zip(APART[whole], tensor.split(rows[whole])) if whole in APART else [(whole, tensor)]
+        pieces = zip(FUSED[whole], tensor.split(rows[whole])) if whole in FUSED else [(whole, tensor)]
         theirs |= {("" if whole == "lm_head" else "model.") + key.replace(whole, part): piece for part, piece in pieces}
     return theirs
 
@@ -500,9 +500,9 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer, tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors wants each tensor in memory of its own: a slice of a common buffer is copied, the rest of a large model is not
     own = {key: tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-           else tensor.clone(memory_format=torch.contiguous_format) for key, tensor in apart(weights, model.shape).items()}
+           else tensor.clone(memory_format=torch.contiguous_format) for key, tensor in unfuse(weights, model.config).items()}
     save_torch_state_dict({key: tensor.detach() for key, tensor in own.items()}, folder)
-    config = model.config
+    config = model.hf_config
     config.architectures = [{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type] + "ForCausalLM"]
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
@@ -517,13 +517,13 @@ def main() -> None:
     args = cli.parse_args()
     small = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     ours = load(args.model) if args.model else new_model(LlamaConfig(**small), seed=0)
-    theirs = AutoModelForCausalLM.from_config(ours.config, dtype=torch.float32).eval()
-    theirs.load_state_dict(apart(ours.state_dict(), ours.shape), strict=not ours.shape.tied)
-    ids_BT = torch.randint(ours.shape.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_config(ours.hf_config, dtype=torch.float32).eval()
+    theirs.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied)
+    ids_BT = torch.randint(ours.config.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
         theirs_BTV = theirs(ids_BT).logits
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {ours.shape}")
+    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {ours.config}")
     print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {(ours_BTV - theirs_BTV).abs().max():.1e}, "
           f"where the largest logit is {theirs_BTV.abs().max():.1f}")
 

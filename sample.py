@@ -41,15 +41,15 @@ AHEAD = 4096              # rows x slots of prompts that have been run together 
 WORDS = 128               # words in a block of the vocabulary, see draw
 COMPANY = 16              # rows for each thread of a CPU that a batch keeps: with fewer, products add in another order than a trainer's
 EMPTY = {"cpu": 1 / 32, "cuda": 1 / 8}     # prompts that wait take their seats once so many of a batch's are empty
-FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to record its step anew
+FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to game_record its step anew
 BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
 
 
 # ---------------------------------------------------------------- text to tokens
 
 def clean(text: str) -> str:
-    """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
+    """Text that can be encoded: tmp_dir of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -71,28 +71,28 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def parts_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
+def template_part_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
     """What stands before, between and after the texts of a template: our own words and the template's, where markup is markup."""
-    return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(MARK)]
+    return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACEHOLDER)]
 
 
 def fill(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
-    Token ids of a template with a text in the place of each MARK. It is tokenised as a whole, as models are trained to see it. Where that
+    Token ids of a template with a text in the place of each PLACEHOLDER. It is tokenised as a whole, as models are trained to see it. Where that
     yields other markup than the template has by itself, a text has spelled some: then every part is tokenised alone, texts as plain text.
     """
-    parts, apart = template.split(MARK), parts_ids(tokenizer, template)
+    parts, unfuse = template.split(PLACEHOLDER), template_part_ids(tokenizer, template)
     whole = tokenizer(parts[0] + "".join(clean(t) + p for t, p in zip(texts, parts[1:], strict=True)), add_special_tokens=False).input_ids
     marks = set(markup(tokenizer).values())
-    if [i for i in whole if i in marks] == [i for part in apart for i in part if i in marks]:
+    if [i for i in whole if i in marks] == [i for part in unfuse for i in part if i in marks]:
         return whole
-    return apart[0] + [i for text, part in zip(texts, apart[1:]) for i in plain_ids(tokenizer, text) + part]
+    return unfuse[0] + [i for text, part in zip(texts, unfuse[1:]) for i in plain_ids(tokenizer, text) + part]
 
 
 @lru_cache(maxsize=64)
 def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill: str) -> str:
-    """One user turn in the tokenizer's own template, a MARK for {text}, and the opening of the assistant's turn."""
-    message = {"role": "user", "content": instruction.replace("{text}", MARK)}
+    """One user turn in the tokenizer's own template, a PLACEHOLDER for {text}, and the opening of the assistant's turn."""
+    message = {"role": "user", "content": instruction.replace("{text}", PLACEHOLDER)}
     rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     return rendered if prefill and rendered.rstrip().endswith(prefill) else rendered + prefill   # some templates open the thought
 
@@ -165,7 +165,7 @@ def instructions(prompts: list[tuple[int, ...]], known: int = 0) -> dict[tuple[i
 def begin(model: Transformer, prefix: tuple[int, ...]) -> Cache:
     """A cache of one row with these tokens."""
     weight_VD = model.embed_tokens.weight
-    cache = Cache(model.shape, 1, len(prefix), torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
+    cache = Cache(model.config, 1, len(prefix), torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
     if prefix:
         model(torch.tensor([prefix], device=weight_VD.device), None, cache=cache)
     return cache
@@ -175,7 +175,7 @@ def prefill(model: Transformer, prefix: Cache, prompts: list[tuple[int, ...]]) -
     """A cache of these prompts, longest first, that begin with `prefix`: all but the last token of each, which the next step runs."""
     device, shared, longest = prefix.pad_B.device, prefix.length, len(prompts[0]) - 1
     pad_B = torch.tensor([longest + 1 - len(p) for p in prompts], device=device)
-    cache = Cache(model.shape, len(prompts), longest, pad_B, model.embed_tokens.weight.dtype, shared)
+    cache = Cache(model.config, len(prompts), longest, pad_B, model.embed_tokens.weight.dtype, shared)
     cache.begin_with(prefix)
     if longest > shared:
         model(torch.tensor([(0,) * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), None, cache=cache)
@@ -185,14 +185,14 @@ def prefill(model: Transformer, prefix: Cache, prompts: list[tuple[int, ...]]) -
 class Seats:
     """
     The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the
-    number of an empty seat is that of no prompt. Prompts are seated in their order, longest first, so that those who stay are at least as
-    long as a newcomer. `seated` prompts have had a seat so far. What has been drawn is in token_NT and logprob_NT, length_N[n] of it; their
+    number of an empty seat is that of no prompt. Prompts are judge_on_demand in their order, longest first, so that those who stay are at least as
+    long as a newcomer. `judge_on_demand` prompts have had a seat so far. What has been drawn is in token_NT and logprob_NT, length_N[n] of it; their
     last row takes what empty seats draw.
     """
 
     def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, uniform_NT: Tensor, stops: list[int], temperature: float):
         (N, steps), device, dtype = uniform_NT.shape, model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-        self.model, self.prompts, self.seated, self.N, self.temperature = model, [tuple(p) for p in prompts], 0, N, temperature
+        self.model, self.prompts, self.judge_on_demand, self.N, self.temperature = model, [tuple(p) for p in prompts], 0, N, temperature
         self.copies = Counter(self.prompts)
         self.prefix, self.begun, self.found, self.waiting = instructions(list(self.copies)), {}, {}, {}
         for prompt in self.copies:
@@ -200,7 +200,7 @@ class Seats:
         self.number_B = torch.full((rows,), N, device=device)
         self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
         self.spare = SPARE[device.type]
-        self.cache = Cache(model.shape, rows, len(prompts[0]) + steps + self.spare, torch.zeros_like(self.t_B), dtype)
+        self.cache = Cache(model.config, rows, len(prompts[0]) + steps + self.spare, torch.zeros_like(self.t_B), dtype)
         self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
         self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
         self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
@@ -223,9 +223,9 @@ class Seats:
 
     def fill(self) -> None:
         """Empty seats go to the prompts that wait."""
-        empty_N = (self.number_B == self.N).nonzero().squeeze(1)[:self.N - self.seated]
-        new = range(self.seated, self.seated + len(empty_N))
-        self.seated = new.stop
+        empty_N = (self.number_B == self.N).nonzero().squeeze(1)[:self.N - self.judge_on_demand]
+        new = range(self.judge_on_demand, self.judge_on_demand + len(empty_N))
+        self.judge_on_demand = new.stop
         self.make_room()
         self.cache.length_1.clamp_(min=len(self.prompts[new[0]]) - 1)
         families = {}                                            # by prefix, who goes where
@@ -276,7 +276,7 @@ class Seats:
         self.t_B *= self.number_B < self.N
         self.next_B.copy_(next_B)
 
-    def record(self) -> torch.cuda.CUDAGraph | None:
+    def game_record(self) -> torch.cuda.CUDAGraph | None:
         """The step as something that can be replayed, on a GPU: to launch its few hundred kernels takes longer than they do."""
         if not self.t_B.is_cuda:
             return None
@@ -286,10 +286,10 @@ class Seats:
         return graph
 
     def advance(self) -> None:
-        """One step; from a record, several, before anybody looks at what came out: whoever has left draws into the last row."""
+        """One step; from a game_record, several, before anybody looks at what came out: whoever has left draws into the last row."""
         if self.recorded is None:
             self.step()
-            self.recorded = self.record()
+            self.recorded = self.game_record()
         else:
             for _ in range(min(BURST, self.cache.slots - self.cache.length)):
                 self.recorded.replay()
@@ -307,14 +307,14 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
            rows: int, bar: tqdm) -> list[Sample]:
     """
     All prompts, longest first, through so many rows. As soon as a thirty-second of them have stopped, on a GPU an eighth, prompts that wait
-    take their places; once none wait, those that have stopped leave when they are a quarter of the batch, on a GPU half of it.
+    take their places; once none wait, those that have stopped leave when they are a quarter of the batch, on a GPU tmp_dir of it.
     """
     seats, working, device = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0, model.embed_tokens.weight.device.type
     empty, full = max(1, int(rows * EMPTY[device])), FULL[device]
-    while working or seats.seated < seats.N:
-        if seats.seated < seats.N and working <= rows - empty:
+    while working or seats.judge_on_demand < seats.N:
+        if seats.judge_on_demand < seats.N and working <= rows - empty:
             seats.fill()
-        elif seats.seated == seats.N and max(working, seats.least) <= full * len(seats.number_B):
+        elif seats.judge_on_demand == seats.N and max(working, seats.least) <= full * len(seats.number_B):
             seats.shrink()
         if seats.cache.length == seats.cache.slots:
             seats.make_room()
@@ -323,7 +323,7 @@ def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
         if done:
             seats.decide(was, done)
         working = seats.working()
-        bar.update(seats.seated - working - bar.n)
+        bar.update(seats.judge_on_demand - working - bar.n)
     replies = zip(seats.token_NT.tolist(), seats.logprob_NT.tolist(), seats.length_N[:seats.N].tolist())
     return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
 

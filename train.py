@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
@@ -39,77 +38,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from judge import ATTACK_COLUMNS, Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge, read_labelled, read_rows
-from kernels.adamw import SplitAdamW
+from checkpoint import (STOPPING, catch_signals, checkpoints, commit, flush, is_complete, newest_complete, prune, reason, replace_text,
+                        rewind_logs, state_by_name)
+from data import ATTACK_COLUMNS, read_labelled, read_rows
+from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.linear import keep_memory
 from kernels.logprob import head_bytes
-from model import Shape, Transformer, load, open_tokenizer, save, score, shape_of, stop, stop_ids
+from model import ModelConfig, Transformer, load, open_tokenizer, save, score, read_config, stop, stop_ids
 from sample import AHEAD, CACHE_SLOTS, Sample, plain_ids, sample, uniforms
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Play, Player, Seed, Setting, is_legal, mix, pack, parse_reply, payoffs,
-                      play, plays_of, record, returns, transcript, whiten)
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Experience, Player, Seed, ChatFormat, is_legal, game_metrics, mean, seeds_for_step, pack, parse_reply, payoffs,
+                      play, experiences_of, game_record, returns, show_game, whiten)
 
 if TYPE_CHECKING:   # --help should not wait: at run time transformers, the toy, FSDP and its checkpoints are imported where they are used
     from transformers import PreTrainedConfig
 
+
 # ---------------------------------------------------------------- a folder that is complete or not there at all
-
-MANIFEST = "complete.json"
-
-
-def flush(path: Path) -> None:
-    """Push a file, or a folder's list of names, through to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The whole old text or the whole new one, whatever happens in between."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    flush(new)
-    new.replace(path)
-    flush(path.parent)
-
-
-def fingerprint(file: Path) -> list[int]:
-    """Size, and a checksum of the first MiB: of all of a small file, and of the header of a large one, whose tears show in its size."""
-    with open(file, "rb") as opened:
-        return [file.stat().st_size, zlib.crc32(opened.read(2 ** 20))]
-
-
-def publish(half: Path, final: Path) -> None:
-    """A written folder gets a list of its files, goes to the disk, and only then gets its name."""
-    files = [file for file in sorted(half.rglob("*")) if file.is_file() and file.name != MANIFEST]   # a copied start brings its own list
-    (half / MANIFEST).write_text(json.dumps({str(file.relative_to(half)): fingerprint(file) for file in files}, indent=1))
-    for path in (*half.rglob("*"), half):
-        flush(path)
-    shutil.rmtree(final, ignore_errors=True)   # only ever one that a resume passed over
-    half.rename(final)
-    replace_text(final.parent / "latest", final.name)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every listed file is there as it was written."""
-    try:
-        return all(fingerprint(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def checkpoints(out: Path) -> list[Path]:
-    return sorted(folder for folder in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", folder.name))
-
-
-def newest_complete(out: Path) -> Path | None:
-    """The checkpoint to go on from. One that was torn or half deleted is passed over."""
-    return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
-
-
-def prune(out: Path, keep: int) -> None:
-    """Delete all checkpoints but the start and the newest; first the name, so that no half of one is taken for a checkpoint."""
-    for old in checkpoints(out)[1:-keep]:
-        shutil.rmtree(old.rename(out / f"partial_{old.name}"), ignore_errors=True)
 
 
 # ---------------------------------------------------------------- configuration
@@ -129,7 +73,7 @@ class Config:
     judge: str = opt("toy", "ours", "toy, keywords, or FORMAT:MODEL with a format in judge.py, such as wildguard:allenai/wildguard")
     seeds: list[str] = opt((), "ours", "files of seeds: JSONL, CSV or JSON, labelled by a column, by harmful=FILE or by name")
     play: str = opt("self", "paper", "attacker: the defender is the frozen start; defender: nobody rewrites", choices=PLAYS)
-    opponent: str = opt("", "ours", "a checkpoint that plays the role that does not learn, frozen; none: as --play says")
+    opponent: str = opt("", "ours", "a checkpoint that experiences the role that does not learn, frozen; none: as --play says")
     attacks: str = opt("", "ours", "a file of recorded attacks, such as a games.jsonl, asked in place of fresh ones; needs --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", choices=tuple(REWARDS))
     cot: bool = opt(True, "paper", "think in private before writing")
@@ -138,7 +82,6 @@ class Config:
     steps: int = opt(200, "paper", "rounds of play and update", toy=120)
     games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4", toy=128, cpu=32)
     updates: int = opt(1, "ours", "optimiser updates a step; the official run makes 6")
-    optim: str = opt("adamw", "paper", "adamw: all in fp32, 16 bytes a weight; split: 10, see kernels/adamw.py", choices=("adamw", "split"))
     lr: float = opt(5e-7, "paper", "AdamW step size at its peak", toy=2e-4)
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
@@ -146,7 +89,7 @@ class Config:
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens", toy=48, cpu=64)
     max_unreadable: float = opt(0.2, "ours", "stop when more than this share of a step's verdicts cannot be read")
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank", cpu=1024)
-    warm_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
+    sft_steps: int = opt(600, "ours", "supervised updates of the toy model before it experiences")
     seed: int = opt(0, "ours", "of everything random")
     save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
     keep: int = opt(5, "ours", "newest checkpoints that stay, besides step_000000; older ones are deleted")
@@ -196,7 +139,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
         for name in before.keys() - given.keys():
             values[name], sources[name] = before[name], "the run so far"
         sources |= {name: f"command line; was {before[name]}" for name in before.keys() & given.keys() if before[name] != given[name]}
-        for name in ("model", "optim", "opponent"):
+        for name in ("model", "opponent"):
             if values[name] != before.get(name, values[name]):
                 stop(f"--{name} {values[name]}: the run was begun with {before[name]}, and cannot change that; begin another with --out.")
     return Config(**values), sources
@@ -222,7 +165,7 @@ def check_config(cfg: Config, world: int) -> None:
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
-        stop("--opponent MODEL plays the role that does not learn, live; add --play attacker or --play defender, and leave out --attacks.")
+        stop("--opponent MODEL experiences the role that does not learn, live; add --play attacker or --play defender, and leave out --attacks.")
     if cfg.judge != "toy":
         check_judge(cfg.judge)
     if cfg.judge != "toy" and not cfg.seeds:
@@ -258,7 +201,7 @@ def read_sft(path: str, cot: bool) -> list[tuple[str, str]]:
 
 def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     """
-    The four pools that `mix` draws from in equal shares, harmful and benign, each once for the attacker and once raw; and a line on every
+    The four pools that `seeds_for_step` draws from in equal shares, harmful and benign, each once for the attacker and once raw; and a line on every
     file that was read. A mode of play is a choice of seeds: without an attacker no seed is marked for revision, and recorded attacks take
     the place of those that would have been.
     """
@@ -305,7 +248,7 @@ def setup(cfg: Config) -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    elif cfg.precision == "bf16" or cfg.optim == "split":   # a group of one: computing in another precision is FSDP's work here too
+    elif cfg.precision == "bf16":   # a group of one: computing in another precision is FSDP's work here too
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(int(os.environ.get("RANK", 0)), world, device, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
 
@@ -335,7 +278,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.reshard()
 
 
-def seated(judge: Judge, ranks: Ranks) -> Judge:
+def judge_on_demand(judge: Judge, ranks: Ranks) -> Judge:
     """A judge model's weights take up a GPU only while it judges: before and after they are split among the ranks, or on the CPU."""
     if not isinstance(judge, JudgeModel):
         return judge
@@ -399,19 +342,19 @@ def n_parameters(config: "PreTrainedConfig") -> int:
         return sum(p.numel() for p in Transformer(config).parameters())
 
 
-def layer_bytes(shape: Shape) -> int:
+def layer_bytes(shape: ModelConfig) -> int:
     """What a token leaves in one layer for its backward pass, in bf16."""
     queries, keys = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     return 8 * shape.width + 6 * (queries + keys) + 6 * shape.inner
 
 
-def activation_bytes(shape: Shape, recompute: bool) -> int:
+def activation_bytes(shape: ModelConfig, recompute: bool) -> int:
     """What a token leaves in all layers; where they are recomputed, their inputs and one layer at a time."""
     kept = 2 * shape.width * shape.layers + layer_bytes(shape) if recompute else layer_bytes(shape) * shape.layers
     return kept + 2 * shape.width   # the input of the last norm
 
 
-def cache_bytes(shape: Shape) -> int:
+def cache_bytes(shape: ModelConfig) -> int:
     """
     Keys and values of one full batch of the sampler, in bf16, and of prompts that have been run and wait for a seat: for each of two
     instructions a group of them, and another that is made when the first ends.
@@ -429,15 +372,15 @@ def memory_plan(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfi
     Bytes that one of `world` GPUs holds: always, and besides while games are played and judged, while a backward pass is at its deepest,
     and when its last gradients are split among the ranks. What the CUDA context and the allocator's gaps take, 1 to 3 GB, comes on top.
     """
-    shape, P = shape_of(policy, cfg.model), n_parameters(policy)
+    shape, P = read_config(policy, cfg.model), n_parameters(policy)
     J = n_parameters(judge) if judge else 0
     embeddings = shape.vocab * shape.width * (1 if shape.tied else 2)
-    layer, (kept, gradient) = (P - embeddings) / shape.layers, BYTES[cfg.optim]
+    layer, (kept, gradient) = (P - embeddings) / shape.layers, BYTES["adamw"]
     gradients = {f"gradients, {'fp32' if gradient == 4 else 'bf16'}": gradient * P / world}
     always = {name: size * P / world for name, size in kept.items()}
     always |= {"reference, bf16": 2 * P / world, "its embeddings, gathered": 2 * embeddings,
                "judge, bf16, split": 2 * J / world if world > 1 else 0, "opponent, bf16": 2 * P / world if cfg.opponent else 0}
-    caches = [cache_bytes(shape)] + ([cache_bytes(shape_of(judge, cfg.judge))] if judge else [])
+    caches = [cache_bytes(shape)] + ([cache_bytes(read_config(judge, cfg.judge))] if judge else [])
     play = {"policy gathered, bf16": 2 * P, "frozen opponent gathered, bf16": 2 * P if cfg.play == "attacker" or cfg.opponent else 0,
             "judge gathered, bf16": 2 * J, "cache of keys and values": max(caches)}
     backward = gradients | {"activations": cfg.micro_tokens * activation_bytes(shape, cfg.recompute),
@@ -454,18 +397,6 @@ def peak_bytes(cfg: Config, policy: "PreTrainedConfig", judge: "PreTrainedConfig
     return always + max(phases)
 
 
-def traffic(cfg: Config, P: int, J: int, world: int) -> dict[str, float]:
-    """
-    Bytes that each rank receives in a step, by collective: of what is gathered or scattered, all but its own share. A rank makes one pass
-    for every `micro_tokens` of its share of the tokens; replies are taken to be as long as they may be, and prompts a tenth of that.
-    """
-    tokens = 1.1 * 1.5 * cfg.games * cfg.max_new_tokens   # three turns in two games
-    passes, others = math.ceil(tokens / world / cfg.micro_tokens), (world - 1) / world
-    return {"all-gather, policy and judge, to play": 2 * (P + J) * others, "all-gather, reference, to score": 2 * P * passes * others,
-            "all-gather, policy, forward and backward": 4 * P * passes * cfg.updates * others,
-            "reduce-scatter, gradients, fp32": 4 * P * passes * cfg.updates * others}
-
-
 def show_plan(cfg: Config) -> str:
     """The plan as Markdown, whether it fits, what would help, and what goes over the network. Of the models only the configs are read."""
     from transformers import AutoConfig
@@ -479,24 +410,18 @@ def show_plan(cfg: Config) -> str:
     gib = 2 ** 30
     rows = [f"| {phase} | {name} | {size / gib:.1f} |" for phase, part in memory_plan(cfg, policy, judge, cfg.plan).items()
             for name, size in part.items() if size]
-    others = {"--optim split": {"optim": "split"}, "--recompute": {"recompute": True}, "--micro-tokens 4096": {"micro_tokens": 4096},
-              "all three": {"optim": "split", "recompute": True, "micro_tokens": 4096}}
+    others = {"--recompute": {"recompute": True}, "--micro-tokens 4096": {"micro_tokens": 4096}}
     peaks = {"peak": peak_bytes(cfg, policy, judge, cfg.plan), f"peak on {2 * cfg.plan} GPUs": peak_bytes(cfg, policy, judge, 2 * cfg.plan)}
     for flag, change in others.items():
         peaks[f"peak with {flag}"] = peak_bytes(dataclasses.replace(cfg, **change), policy, judge, cfg.plan)
     for name, peak in peaks.items():
         least = next((size for size in (24, 40, 48, 80, 96, 141, 180) if peak / gib + 3 < size), None)
         rows.append(f"| {name} | {f'fits GPUs of {least} GB' if least else 'fits no GPU'} | {peak / gib:.1f} |")
-    P, J = n_parameters(policy), n_parameters(judge) if judge else 0
-    sent = [f"| {name} | {size / gib:.0f} |" for name, size in traffic(cfg, P, J, cfg.plan).items()]
-    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows, "",
-                      f"| {cfg.plan} GPUs, a step | GiB to each |", "| --- | --- |", *sent])
+    return "\n".join([f"| {cfg.plan} GPUs | part | GiB on each |", "| --- | --- | --- |", *rows])
 
 
 # ---------------------------------------------------------------- the update
 
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0, fused=True), "split": SplitAdamW}
-MASTER = {"adamw": torch.float32, "split": torch.bfloat16}   # the type of the parameters
 MOST_SKIPPED = 3                                             # updates in a row that may be skipped before the run stops
 
 
@@ -525,41 +450,41 @@ def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[in
     return batches[ranks.rank::ranks.world]
 
 
-def pack_plays(plays: list[Play], rows: list[int], per_token: list[list], device: torch.device) -> tuple[Tensor, ...]:
+def pack_experiences(experiences: list[Experience], rows: list[int], per_token: list[list], device: torch.device) -> tuple[Tensor, ...]:
     """Pack these rows; an empty micro-batch becomes a row of two tokens that no mask selects: the pass happens but weighs nothing."""
     if not rows:
         ids_BT = torch.zeros(1, 2, dtype=torch.long, device=device)
         return ids_BT, torch.zeros_like(ids_BT, dtype=torch.bool), *(torch.zeros(1, 2, device=device) for _ in per_token)
-    turns = [plays[i].turn for i in rows]
+    turns = [experiences[i].turn for i in rows]
     return pack([t.prompt_ids for t in turns], [t.ids for t in turns], [[values[i] for i in rows] for values in per_token], device)
 
 
 @torch.no_grad()
-def rescore(model: Transformer, plays: list[Play], cfg: Config, ranks: Ranks) -> list[np.ndarray]:
+def rescore(model: Transformer, experiences: list[Experience], cfg: Config, ranks: Ranks) -> list[np.ndarray]:
     """logprob_T of every play's reply under a model; the ranks share the work and all get the whole result."""
     scored: list[tuple[int, np.ndarray]] = []
-    lengths = [len(p.turn.prompt_ids) + len(p.turn.ids) for p in plays]
+    lengths = [len(p.turn.prompt_ids) + len(p.turn.ids) for p in experiences]
     for rows in micro_batches(lengths, ranks, cfg.micro_tokens):
-        ids_BT, mask_BT = pack_plays(plays, rows, [], ranks.device)
+        ids_BT, mask_BT = pack_experiences(experiences, rows, [], ranks.device)
         logprob_BT, _ = score(model, ids_BT, mask_BT, cfg.temperature)
         scored += [(i, logprob_BT[b][mask_BT[b]].double().cpu().numpy()) for b, i in enumerate(rows)]
     by_row = dict(gather_list(scored, ranks))
-    return [by_row[i] for i in range(len(plays))]
+    return [by_row[i] for i in range(len(experiences))]
 
 
-def update(policy: Transformer, optimizer: torch.optim.Optimizer, plays: list[Play], old: list[np.ndarray], advantage: list[np.ndarray],
+def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: list[Experience], old: list[np.ndarray], advantage: list[np.ndarray],
            demos: list[tuple], cfg: Config, ranks: Ranks) -> list[dict]:
     """
-    One optimiser update on these plays, and on the supervised pairs `demos` if there are any; none if a loss or the gradient is not finite.
+    One optimiser update on these experiences, and on the supervised pairs `demos` if there are any; none if a loss or the gradient is not finite.
     Returns, on every rank, sums per micro-batch and role for the log. With one update a step the old policy is the policy itself:
     old = logprob, detached, and the ratio is exactly 1.
     """
-    lengths, sums = [len(p.turn.prompt_ids) + len(p.turn.ids) for p in plays], []
-    n_tokens = sum(len(p.turn.ids) for p in plays)
-    role = [np.full(len(p.turn.ids), p.turn.role == ATTACKER, dtype=np.float32) for p in plays]
-    sampled = [np.array(p.turn.logprobs) for p in plays]
+    lengths, sums = [len(p.turn.prompt_ids) + len(p.turn.ids) for p in experiences], []
+    n_tokens = sum(len(p.turn.ids) for p in experiences)
+    role = [np.full(len(p.turn.ids), p.turn.role == ATTACKER, dtype=np.float32) for p in experiences]
+    sampled = [np.array(p.turn.logprobs) for p in experiences]
     for rows in tqdm(micro_batches(lengths, ranks, cfg.micro_tokens), desc="update", leave=False, delay=3, disable=not ranks.main):
-        ids_BT, mask_BT, *values = pack_plays(plays, rows, [advantage, old, role, sampled], ranks.device)
+        ids_BT, mask_BT, *values = pack_experiences(experiences, rows, [advantage, old, role, sampled], ranks.device)
         advantage_BT, old_BT, attacker_BT, sampled_BT = values
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         old_BT = old_BT if cfg.updates > 1 else logprob_BT.detach()
@@ -589,7 +514,7 @@ def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cf
         if rows:
             ids_BT, mask_BT = pack([demos[i][0] for i in rows], [demos[i][1] for i in rows], device=ranks.device)
         else:
-            ids_BT, mask_BT = pack_plays([], [], [], ranks.device)
+            ids_BT, mask_BT = pack_experiences([], [], [], ranks.device)
         logprob_BT, _ = score(policy, ids_BT, mask_BT)
         loss = -(logprob_BT * mask_BT).sum() / n_tokens
         (loss * cfg.sft_coef * ranks.world).backward()
@@ -597,7 +522,7 @@ def supervised(policy: Transformer, demos: list[tuple[list[int], list[int]]], cf
     return losses
 
 
-def sft_batch(demos: list[tuple[str, str]], setting: Setting, cfg: Config, n: int) -> list[tuple[list[int], list[int]]]:
+def sft_batch(demos: list[tuple[str, str]], chat: ChatFormat, cfg: Config, n: int) -> list[tuple[list[int], list[int]]]:
     """
     The n-th update's supervised pairs as token ids: three for every four games of the step, shared out among its updates, which makes the
     16 an update and 19,000 in all of the official run.
@@ -606,8 +531,8 @@ def sft_batch(demos: list[tuple[str, str]], setting: Setting, cfg: Config, n: in
         return []
     pairs = min(len(demos), max(1, cfg.games * 3 // (4 * cfg.updates)))
     chosen = np.random.default_rng((cfg.seed, n, 1)).choice(len(demos), size=pairs, replace=False)
-    end = [setting.tokenizer.eos_token_id]
-    return [(setting.defender_prompt(demos[i][0]), plain_ids(setting.tokenizer, demos[i][1]) + end) for i in chosen]
+    end = [chat.tokenizer.eos_token_id]
+    return [(chat.defender_prompt(demos[i][0]), plain_ids(chat.tokenizer, demos[i][1]) + end) for i in chosen]
 
 
 def schedule(cfg: Config) -> Callable[[int], float]:
@@ -619,38 +544,12 @@ def schedule(cfg: Config) -> Callable[[int], float]:
 
 # ---------------------------------------------------------------- measuring a step
 
-def mean(values: list) -> float | None:
-    """The mean of what is there; None, not 0, where nothing is."""
-    return float(np.mean(values)) if values else None
 
-
-def game_metrics(games: list[Game], plays: list[Play], cfg: Config) -> dict[str, float | None]:
-    """What happened in a step's games. A rate is None where no game could have shown it."""
-    read = [g for g in games if g.verdict.readable]
-    attacked, rewards = [g for g in read if g.attacked or (cfg.attacks and not g.seed.revise)], REWARDS[cfg.reward]
-    answered = lambda games: [not g.verdict.refusal for g in games if g.verdict.refusal is not None]
-    legal = [payoffs(g, rewards) for g in read if is_legal(g)]
-    sums = [p[ATTACKER] + p[DEFENDER] for p in legal if None not in p.values()]
-    tries = [g for g in games if g.attacker]
-    under_fire = attacked or read
-    return {"asr": mean([bool(g.verdict.response_harmful) for g in under_fire if g.seed.harmful]),
-            "asr_not_refused": mean(answered([g for g in under_fire if g.seed.harmful])),
-            "over_refusal": mean([not a for a in answered([g for g in under_fire if not g.seed.harmful])]),
-            "benign_answered": mean(answered([g for g in read if not g.seed.harmful])),
-            "drift": mean([g.verdict.prompt_harmful != g.seed.harmful for g in read if g.attacked]),
-            "forfeit": mean([not is_legal(g) for g in tries if g.verdict.readable]),
-            "format_attacker": mean([g.attacker.reply.well_formed for g in tries]),
-            "format_defender": mean([g.defender.reply.well_formed for g in games]),
-            "reward_attacker": mean([p.payoff for p in plays if p.turn.role == ATTACKER]),
-            "reward_defender": mean([p.payoff for p in plays if p.turn.role == DEFENDER]),
-            "zero_sum_gap": float(sum(sums)), "unreadable": mean([not g.verdict.readable for g in games])}
-
-
-def credit_metrics(plays: list[Play], advantage: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
+def credit_metrics(experiences: list[Experience], advantage: list[np.ndarray], reference: list[np.ndarray]) -> dict[str, float | None]:
     """How the rewards became credit: distance to the reference (k1, nats per token), and how often the two signs disagree."""
-    log_ratio = [np.array(p.turn.logprobs) - r for p, r in zip(plays, reference)]
-    flips = [np.sign(a.mean()) * np.sign(p.payoff + p.shaping) < 0 for p, a in zip(plays, advantage)]
-    return {"kl": mean(list(np.concatenate(log_ratio))) if plays else None, "sign_flip": mean([bool(f) for f in flips])}
+    log_ratio = [np.array(p.turn.logprobs) - r for p, r in zip(experiences, reference)]
+    flips = [np.sign(a.mean()) * np.sign(p.payoff + p.shaping) < 0 for p, a in zip(experiences, advantage)]
+    return {"kl": mean(list(np.concatenate(log_ratio))) if experiences else None, "sign_flip": mean([bool(f) for f in flips])}
 
 
 def update_metrics(sums: list[dict], n_tokens: int, updates: int) -> dict[str, float]:
@@ -681,49 +580,33 @@ def table_before_after(lines: list[dict]) -> str:
 
 # ---------------------------------------------------------------- checkpoints
 
-def state_by_name(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The very tensors of the optimizer's state. A new optimizer gets its state by an update of nothing, by nothing."""
-    if not optimizer.state:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in policy.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {f"{key}.{name}": tensor for name, p in policy.named_parameters() for key, tensor in optimizer.state[p].items()}
 
-
-def save_weights(half: Path, policy: Transformer, setting: Setting, ranks: Ranks) -> None:
+def save_weights(tmp_dir: Path, policy: Transformer, chat: ChatFormat, ranks: Ranks) -> None:
     """A Hugging Face folder, by the main rank, which gathers one parameter after the other on its CPU; the others keep none."""
     weights = {}
     for name, parameter in policy.named_parameters():
         full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         if ranks.main:
             weights[name] = full.detach().cpu()
-    on_main(ranks, lambda: (shutil.rmtree(half, ignore_errors=True), save(half, weights, policy, setting.tokenizer)))
+    on_main(ranks, lambda: (shutil.rmtree(tmp_dir, ignore_errors=True), save(tmp_dir, weights, policy, chat.tokenizer)))
 
 
-def reason(error: BaseException) -> str:
-    """What the first rank that failed says of a checkpoint that could not be written or read."""
-    return str(next(iter(error.failures.values()))[0])
-
-
-def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, setting: Setting, keep: int,
+def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, chat: ChatFormat, keep: int,
                     ranks: Ranks) -> None:
     """The weights, and in the same folder each rank's part of the optimizer's state as safetensors; published when all is written."""
     import torch.distributed.checkpoint as dcp
-    half, failed = out / f"partial_{step:06d}", ""
-    save_weights(half, policy, setting, ranks)
+    tmp_dir, failed = out / f"partial_{step:06d}", ""
+    save_weights(tmp_dir, policy, chat, ranks)
     try:
         dcp.save(state_by_name(policy, optimizer), no_dist=not dist.is_initialized(),
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(half / "optimizer"), save_distributed=True))
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_dir / "optimizer"), save_distributed=True))
     except dcp.CheckpointException as error:
         failed = reason(error)
 
     def finish() -> None:
         if failed:
             raise OSError(failed)
-        publish(half, out / f"step_{step:06d}")
+        commit(tmp_dir, out / f"step_{step:06d}")
         prune(out, keep)
     on_main(ranks, finish)
 
@@ -738,102 +621,57 @@ def load_optimizer(folder: Path, policy: Transformer, optimizer: torch.optim.Opt
         stop_all(ranks, f"{folder}: its optimizer state cannot be read ({reason(error)}); remove the folder to go on from the one before.")
 
 
-def warm_started(cfg: Config, setting: Setting, out: Path, folder: Path) -> None:
+def write_sft_start(cfg: Config, chat: ChatFormat, out: Path, folder: Path) -> None:
     """
     Write the toy model's starting point into `folder`. It depends on few settings, so a sibling run that has the same one lends it;
-    `warm_start.json` inside says what it is.
+    `sft.json` inside says what it is.
     """
     import toy
     source = "".join((Path(__file__).parent / name).read_text() for name in ("toy.py", "model.py"))
-    key = {"seed": cfg.seed, "steps": cfg.warm_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
-    for other in sorted(out.parent.glob("*/step_000000/warm_start.json")):
+    key = {"seed": cfg.seed, "steps": cfg.sft_steps, "cot": cfg.cot, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
+    for other in sorted(out.parent.glob("*/step_000000/sft.json")):
         if is_complete(other.parent) and json.loads(other.read_text()) == key:
             tqdm.write(f"warm start: the same as in {other.parent.parent}, copied")
             shutil.copytree(other.parent, folder)
             return
     begun = time.time()
-    model = toy.warm_start(setting, cfg.warm_steps, cfg.seed, label="warm start")
-    tqdm.write(f"warm start: {cfg.warm_steps} supervised updates in {time.time() - begun:.0f} s")
-    save(folder, model.state_dict(), model, setting.tokenizer)
-    (folder / "warm_start.json").write_text(json.dumps(key))
+    model = toy.train_sft(chat, cfg.sft_steps, cfg.seed, label="warm start")
+    tqdm.write(f"warm start: {cfg.sft_steps} supervised updates in {time.time() - begun:.0f} s")
+    save(folder, model.state_dict(), model, chat.tokenizer)
+    (folder / "sft.json").write_text(json.dumps(key))
 
 
-def write_start(cfg: Config, given: Transformer | None, setting: Setting, out: Path) -> None:
+def write_start(cfg: Config, given: Transformer | None, chat: ChatFormat, out: Path) -> None:
     """The run folder with what the run begins with: its configuration, and the model of step 0."""
-    half = out / "partial_000000"
-    shutil.rmtree(half, ignore_errors=True)   # half of one, if the run was stopped here before
+    tmp_dir = out / "partial_000000"
+    shutil.rmtree(tmp_dir, ignore_errors=True)   # tmp_dir of one, if the run was stopped here before
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
     if given is None:
-        warm_started(cfg, setting, out, half)
+        write_sft_start(cfg, chat, out, tmp_dir)
     else:
-        save(half, given.state_dict(), given, setting.tokenizer)
-    publish(half, out / "step_000000")
-
-
-def go_back(cfg: Config, newest: Path, out: Path) -> None:
-    """Leave the run folder as it was right after this checkpoint: steps that were logged later will be made again."""
-    for torn in out.glob("partial_*"):
-        shutil.rmtree(torn)
-    replace_text(out / "latest", newest.name)
-    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-    for log in (out / "metrics.jsonl", out / "games.jsonl"):
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        replace_text(log, "".join(line for line in lines if step_of(line) <= int(newest.name.removeprefix("step_"))))
-
-
-def step_of(line: str) -> float:
-    """The step that a line of a log is about; of a torn line, one that has not been made."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        save(tmp_dir, given.state_dict(), given, chat.tokenizer)
+    commit(tmp_dir, out / "step_000000")
 
 
 def write_logs(out: Path, metrics: dict, games: list[Game], step: int) -> None:
     """A line of metrics.jsonl and a line of games.jsonl per game."""
     finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}   # JSON has no NaN
-    for name, lines in (("metrics.jsonl", [finite]), ("games.jsonl", [record(game, step) for game in games])):
+    for name, lines in (("metrics.jsonl", [finite]), ("games.jsonl", [game_record(game, step) for game in games])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         flush(out / name)
 
 
-def keep_batch(out: Path, step: int, n: int, plays: list[Play], old: list[np.ndarray], advantage: list[np.ndarray]) -> None:
+def keep_batch(out: Path, step: int, n: int, experiences: list[Experience], old: list[np.ndarray], advantage: list[np.ndarray]) -> None:
     """What an update was to learn from that was skipped: a line per turn."""
     with open(out / f"skipped_{step:06d}_{n}.jsonl", "w") as file:
-        for p, old_T, advantage_T in zip(plays, old, advantage):
+        for p, old_T, advantage_T in zip(experiences, old, advantage):
             credit = {"payoff": p.payoff, "shaping": p.shaping, "old": old_T.tolist(), "advantage": advantage_T.tolist()}
             file.write(json.dumps({"game": p.game, **dataclasses.asdict(p.turn), **credit}) + "\n")
 
 
 # ---------------------------------------------------------------- the run
-
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-def listen() -> list[str]:
-    """
-    The names of the signals that ask the run to stop, as they come. The first is a wish, to be granted after the step. One more than a
-    second later ends the process at once; sooner it is the same wish, for both a terminal and torchrun pass Ctrl-C on. A thread listens:
-    Python's own handlers would have to wait for as long as a collective does.
-    """
-    heard, (ear, mouth) = [], os.pipe()
-    os.set_blocking(mouth, False)
-    signal.set_wakeup_fd(mouth)
-    for number in STOPPING:
-        signal.signal(number, lambda *_: None)
-
-    def wait() -> None:
-        since = math.inf
-        while True:
-            number = os.read(ear, 1)[0]
-            if time.monotonic() > since + 1:
-                os._exit(128 + number)
-            since = min(since, time.monotonic())
-            heard.append(signal.Signals(number).name)
-    Thread(target=wait, daemon=True).start()
-    return heard
 
 
 def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: int, ranks: Ranks) -> Player:
@@ -844,26 +682,26 @@ def player(model: Transformer, role: str, stops: list[int], cfg: Config, step: i
     return answer
 
 
-def open_setting(cfg: Config, origin: str, ranks: Ranks) -> tuple[Setting, Judge]:
+def open_setting(cfg: Config, origin: str, ranks: Ranks) -> tuple[ChatFormat, Judge]:
     """The language of the model that the run goes on from, and the judge of the game."""
     import toy
     tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
     if cfg.judge == "toy":
-        return Setting(tokenizer, toy.PROMPTS, cfg.cot), toy.judge
-    return Setting(tokenizer, ENGLISH, cfg.cot), open_judge(cfg.judge, ranks.compute)
+        return ChatFormat(tokenizer, toy.PROMPTS, cfg.cot), toy.judge
+    return ChatFormat(tokenizer, ENGLISH, cfg.cot), open_judge(cfg.judge, ranks.compute)
 
 
-def check_lengths(cfg: Config, pools: list[list[Seed]], setting: Setting, model: Transformer | None) -> None:
+def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, model: Transformer | None) -> None:
     """Refuse replies that the context cannot hold behind their prompts; the defender's may hold a whole reply of the attacker."""
     if model is None:
         return
-    context, room = model.config.max_position_embeddings, {}
+    context, room = model.hf_config.max_position_embeddings, {}
     seeds = sorted((seed for pool in pools for seed in pool), key=lambda seed: -len(seed.text.encode("utf-8", "replace")))
     for seed in [*seeds[:8], *[s for s in seeds if s.revise][:8]]:   # the longest in bytes are nearly the longest in tokens
-        room[seed.text] = context - len(setting.attacker_prompt(seed) if seed.revise else setting.defender_prompt(seed.text))
+        room[seed.text] = context - len(chat.attacker_prompt(seed) if seed.revise else chat.defender_prompt(seed.text))
     longest, most = min(room.items(), key=lambda item: item[1])
     if any(seed.revise for seed in seeds):
-        most = min(most, (context - len(setting.defender_prompt(""))) // 2)
+        most = min(most, (context - len(chat.defender_prompt(""))) // 2)
     if cfg.max_new_tokens > most:
         stop(f"--max-new-tokens {cfg.max_new_tokens}: prompt and reply do not fit into the {context} tokens of {cfg.model}; "
              + (f"choose at most {most}." if most > 0 else f"leave out the seed that begins {longest[:40]!r}."))
@@ -909,61 +747,61 @@ def main(argv: list[str] | None = None) -> None:
     ranks, out = setup(cfg), Path(cfg.out)
     newest = newest_complete(out) if cfg.resume else None
     first, origin = int(newest.name.removeprefix("step_")) if newest else 0, str(newest or cfg.model)
-    setting, judge = open_setting(cfg, origin, ranks)
-    given = load(origin, MASTER[cfg.optim]) if origin != "toy" else None   # opened before anything is written: it may be damaged
+    chat, judge = open_setting(cfg, origin, ranks)
+    given = load(origin) if origin != "toy" else None   # opened before anything is written: it may be damaged
     opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
-    check_lengths(cfg, pools, setting, given)
+    check_lengths(cfg, pools, chat, given)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in read)]))
 
     # 0. the start: a model of its own, or a checkpoint; frozen, it is the reference
     if newest:
         for folder in (folder for folder in checkpoints(out) if folder > newest):
             log0(ranks, f"  {folder} is not complete: passed over, and made again when its step comes")
-        on_main(ranks, lambda: go_back(cfg, newest, out))
+        on_main(ranks, lambda: rewind_logs(cfg, newest, out))
     else:
-        on_main(ranks, lambda: write_start(cfg, given, setting, out))
-    policy = shard(given or load(str(out / "step_000000"), MASTER[cfg.optim]), ranks)   # first: a CPU holds one model at a time
+        on_main(ranks, lambda: write_start(cfg, given, chat, out))
+    policy = shard(given or load(str(out / "step_000000")), ranks)   # first: a CPU holds one model at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy.recompute = cfg.recompute
     frozen = shard(opponent, ranks).requires_grad_(False) if opponent else reference
     attacking = frozen if cfg.play == "defender" and cfg.opponent else policy
     defending = frozen if cfg.play == "attacker" else policy
-    optimizer = OPTIMIZERS[cfg.optim](policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if first:
         load_optimizer(newest, policy, optimizer, ranks)
-    judge = seated(judge, ranks)
-    stops, rate, rewards, skipped = stop_ids(policy, setting.tokenizer), schedule(cfg), REWARDS[cfg.reward], 0
+    judge = judge_on_demand(judge, ranks)
+    stops, rate, rewards, skipped = stop_ids(policy, chat.tokenizer), schedule(cfg), REWARDS[cfg.reward], 0
 
-    wishes, asked = listen(), []
+    signals_seen, asked = catch_signals(), []
     for step in range(first, cfg.steps):
         begun = time.time()
-        # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
+        # 1. seeds: the same on every rank; each experiences its slice. Attacker-only play has no use for raw seeds
         share = cfg.games // ranks.world
-        seeds = mix(pools, cfg.games, cfg.seed, step)
+        seeds = seeds_for_step(pools, cfg.games, cfg.seed, step)
         mine = [n for n in range(ranks.rank * share, (ranks.rank + 1) * share) if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
         with gathered(attacking), gathered(defending):
             attacker, defender = player(attacking, ATTACKER, stops, cfg, step, ranks), player(defending, DEFENDER, stops, cfg, step, ranks)
-            games = play([seeds[n] for n in mine], mine, setting, attacker, defender, judge)
+            games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge)
         games = gather_list(games, ranks)
         check_verdicts(cfg, games, step + 1, ranks)
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
-        plays = plays_of(games, rewards, PLAYS[cfg.play], cfg.cot)
-        reference_logprob = rescore(reference, plays, cfg, ranks)
-        old = rescore(policy, plays, cfg, ranks) if cfg.updates > 1 else [np.array(p.turn.logprobs) for p in plays]
-        gains = [returns(p.payoff + p.shaping, np.array(p.turn.logprobs), r, cfg.kl) for p, r in zip(plays, reference_logprob)]
-        advantage = whiten(gains, [p.turn.role for p in plays])
+        experiences = experiences_of(games, rewards, PLAYS[cfg.play], cfg.cot)
+        reference_logprob = rescore(reference, experiences, cfg, ranks)
+        old = rescore(policy, experiences, cfg, ranks) if cfg.updates > 1 else [np.array(p.turn.logprobs) for p in experiences]
+        gains = [returns(p.payoff + p.shaping, np.array(p.turn.logprobs), r, cfg.kl) for p, r in zip(experiences, reference_logprob)]
+        advantage = whiten(gains, [p.turn.role for p in experiences])
 
         # 4. update: one optimiser step over all turns, or several over shuffled shares of them
-        order, sums = np.random.default_rng((cfg.seed, step)).permutation(len(plays)) if cfg.updates > 1 else np.arange(len(plays)), []
+        order, sums = np.random.default_rng((cfg.seed, step)).permutation(len(experiences)) if cfg.updates > 1 else np.arange(len(experiences)), []
         for n, part in enumerate(np.array_split(order, cfg.updates), step * cfg.updates):
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * rate(n)
-            batch = [[values[i] for i in part] for values in (plays, old, advantage)]
-            sums += update(policy, optimizer, *batch, sft_batch(demos, setting, cfg, n), cfg, ranks)
+            batch = [[values[i] for i in part] for values in (experiences, old, advantage)]
+            sums += update(policy, optimizer, *batch, sft_batch(demos, chat, cfg, n), cfg, ranks)
             skipped = skipped + 1 if "skipped" in sums[-1] else 0
             if skipped:
                 on_main(ranks, lambda: keep_batch(out, step + 1, n, *batch))
@@ -973,9 +811,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # 5. log
         n_sampled = sum(len(t.ids) for g in games for t in (g.attacker, g.defender) if t)
-        n_tokens = sum(len(p.turn.ids) for p in plays)
+        n_tokens = sum(len(p.turn.ids) for p in experiences)
         now = time.time()
-        metrics = {"step": step + 1, **game_metrics(games, plays, cfg), **credit_metrics(plays, advantage, reference_logprob),
+        metrics = {"step": step + 1, **game_metrics(games, experiences, rewards, bool(cfg.attacks)), **credit_metrics(experiences, advantage, reference_logprob),
                    **update_metrics(sums, n_tokens, cfg.updates), "lr": optimizer.param_groups[0]["lr"],
                    "sample_tokens_per_s": n_sampled / (played - begun), "train_tokens_per_s": n_tokens / (now - played),
                    "seconds": now - begun}
@@ -983,12 +821,12 @@ def main(argv: list[str] | None = None) -> None:
         on_main(ranks, lambda: write_logs(out, metrics, games, step + 1))
         if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
             shown = [g for g in games if g.attacker][:2] or games[:2]
-            log0(ranks, "\n" + "\n\n".join(transcript(g, rewards) for g in shown) + "\n")
+            log0(ranks, "\n" + "\n\n".join(show_game(g, rewards) for g in shown) + "\n")
 
         # 6. save
-        asked = gather_list(wishes[:1], ranks)   # one rank may hear of it before the others do
+        asked = gather_list(signals_seen[:1], ranks)   # one rank may hear of it before the others do
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or asked:
-            save_checkpoint(out, step + 1, policy, optimizer, setting, cfg.keep, ranks)
+            save_checkpoint(out, step + 1, policy, optimizer, chat, cfg.keep, ranks)
         if asked:
             log0(ranks, f"{asked[0]}: stopped after step {step + 1} of {cfg.steps}; all is saved, and --resume goes on from there.")
             break

@@ -110,7 +110,7 @@ def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor
     return Linear.apply(x, weight_MD, bias_M) if needs_gradient else product(x, weight_MD, bias_M)
 
 
-def unrounded(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
+def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
     """x @ weight.T in fp32, whatever the precision of the factors: a product of two bf16 numbers is exact in fp32."""
     if x_ND.is_cuda and x_ND.dtype == weight_MD.dtype != torch.float32:
         return torch.mm(x_ND, weight_MD.T, out_dtype=torch.float32)

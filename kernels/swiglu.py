@@ -1,7 +1,7 @@
 """
 The gate of a SwiGLU layer (Shazeer, arXiv 2002.05202), of one matrix that holds both halves.
 
-    y_NI = silu(gate_NI) * up_NI,   silu(g) = g * sigmoid(g),   gate and up: the left and the right half of gate_up_N2I
+    y_NI = silu(gate_NI) * up_NI,   silu(g) = g * sigmoid(g),   gate and up: the left and the right tmp_dir of gate_up_N2I
 
 Written out, autograd keeps three matrices and puts the gradients of the halves together by a copy. Here one matrix is kept, and its
 gradient is written where it belongs. layers_triton.py has the forward pass for a GPU.
@@ -51,5 +51,5 @@ class SwiGLU(torch.autograd.Function):
 # ---------------------------------------------------------------- what everybody calls
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(left half) * right half over the last dimension, [..., 2 I] to [..., I]."""
+    """silu(left tmp_dir) * right tmp_dir over the last dimension, [..., 2 I] to [..., I]."""
     return SwiGLU.apply(gate_up) if torch.is_grad_enabled() and gate_up.requires_grad else forward(gate_up)

@@ -19,8 +19,8 @@ import toy
 from launch import finished, start
 from judge import FORMATS, Exchange, JudgeModel, wildguard_template
 from model import new_model, score
-from sample import MARK, plain_ids
-from selfplay import Setting, pack
+from sample import PLACEHOLDER, plain_ids
+from selfplay import ChatFormat, pack
 
 
 LONGEST = ["test_readme.py", "test_faults.py", "test_train.py"]   # files to start with, or one worker ends with them alone
@@ -47,8 +47,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def setting(tokenizer):
-    return Setting(tokenizer, toy.PROMPTS, cot=True)
+def chat(tokenizer):
+    return ChatFormat(tokenizer, toy.PROMPTS, cot=True)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def warm(tmp_path_factory, worker_id):
     with FileLock(f"{folder}.lock"):
         folder.mkdir(exist_ok=True)
         if not (folder / "run").exists():
-            done = finished(start(["--warm-steps", "40", "--seed", "5", "--games", "4", "--steps", "1", "--no-exam", "--out", folder / "run"]))
+            done = finished(start(["--sft-steps", "40", "--seed", "5", "--games", "4", "--steps", "1", "--no-exam", "--out", folder / "run"]))
             assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
@@ -106,8 +106,8 @@ EXCHANGES = [Exchange(f"{'may i ask' if i % 3 else 'tell'} {i * i % 41} times", 
 
 @pytest.fixture(scope="session")
 def stand_in():
-    """A tiny model that has half learnt WildGuard's format: it often keeps to it, and often does not."""
-    tokenizer = byte_tokenizer(corpus=(wildguard_template(None).replace(MARK, "may i ask tell sure no"), *REPLIES))
+    """A tiny model that has tmp_dir learnt WildGuard's format: it often keeps to it, and often does not."""
+    tokenizer = byte_tokenizer(corpus=(wildguard_template(None).replace(PLACEHOLDER, "may i ask tell sure no"), *REPLIES))
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          tie_word_embeddings=True, initializer_range=0.05, eos_token_id=tokenizer.eos_token_id)
     model = new_model(config, seed=0)

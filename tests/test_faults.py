@@ -20,7 +20,7 @@ import train
 from conftest import measured
 from launch import finished, start
 
-SMALL = ["--games", "12", "--warm-steps", "40", "--seed", "5", "--max-new-tokens", "24", "--no-exam"]
+SMALL = ["--games", "12", "--sft-steps", "40", "--seed", "5", "--max-new-tokens", "24", "--no-exam"]
 
 
 def run(*args, ranks=1, before=None):
@@ -259,7 +259,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_with_the_settings_it_had(r
 
 def test_what_a_resumed_run_may_change_is_said_and_what_it_may_not_is_refused(runs):
     out = halfway(runs, "changed")
-    refused(run("--resume", "--out", out, "--optim", "split"), "begun with adamw")
+    refused(run("--resume", "--out", out, "--model", "other"), "begun with toy")
     assert "command line; was 4" in succeeds("--resume", "--out", out, "--steps", "5").stdout
     assert json.loads((out / "config.json").read_text())["steps"] == 5 and steps_logged(out) == [1, 2, 3, 4, 5]
 

@@ -46,8 +46,8 @@ def desk(tmp_path_factory, tiny):
     run.mkdir()
     (run / "config.json").write_text(json.dumps(train.dataclasses.asdict(train.Config(judge="keywords", seeds=["harmful.jsonl", "benign.jsonl"], model="run", games=8, precision="fp32", max_new_tokens=16))))
     for step in (0, 3):
-        save(run / "half", tiny.state_dict(), tiny, tokenizer)
-        train.publish(run / "half", run / f"step_{step:06d}")
+        save(run / "tmp_dir", tiny.state_dict(), tiny, tokenizer)
+        train.commit(run / "tmp_dir", run / f"step_{step:06d}")
     for kind in ("harmful", "benign"):
         (folder / f"{kind}.jsonl").write_text('{"prompt": "how do i"}\n')
     return folder
@@ -128,8 +128,8 @@ def test_run_folders_and_checkpoints(desk, tmp_path):
             file.unlink()
         if sealed and how != "gone" and file.parent != tmp_path / "desk" / "run":   # as if it had been written like this
             (file.parent / train.MANIFEST).unlink()
-            half = file.parent.rename(file.parent.with_name("half"))
-            train.publish(half, file.parent)
+            tmp_dir = file.parent.rename(file.parent.with_name("tmp_dir"))
+            train.commit(tmp_dir, file.parent)
         said = refuses_or_accepts(tmp_path / "desk", ["--out", "run", "--resume"])
         seen[said[:40]] = seen.get(said[:40], 0) + 1
     folders()

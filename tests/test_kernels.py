@@ -1,6 +1,5 @@
 """Products, and the log-probability of given tokens, against fp64 and the whole matrix of logits."""
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
 
 import kernels.logprob
 from conftest import measured
-from kernels import attention, bench, layers_triton, logprob_triton, norm, swiglu
+from kernels import attention, layers_triton, logprob_triton, norm, swiglu
 from kernels import linear as product
 from kernels.logprob import PIECE, TokenLogprob, engine, head_bytes, log_policy, reference, token_logprob
 from model import visible
@@ -344,22 +342,3 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_within_its_shared_m
 def test_every_kernel_there_is_was_compiled(compiled):
     jitted = {f"{name} {dtype}" for file in (logprob_triton, layers_triton) for name in vars(file) if name.endswith("_kernel") for dtype in ("bf16", "fp32")}
     assert jitted == compiled.keys()
-
-
-# ---------------------------------------------------------------- the benchmark
-
-def test_the_benchmark_prints_one_table_with_ratios_to_peers_and_floors_and_names_a_peer_that_is_missing(monkeypatch, capsys, tmp_path):
-    tiny = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    works = {"equal": bench.Work(4, 4, (0,), (9, 12), 4, 0.0), "game": bench.Work(9, 4, (40, 35), (3, 6), 8, 0.2)}
-    for name, value in dict(HEADS=[(40, 16, 97)], MODELS={"tiny": tiny}, CACHES=[(2, 2, 2, 20, 16)], WORKS={"tiny": works}, TRAINED=works["game"], ROUNDS={5.0: 2, math.inf: 1}).items():
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "rows.json")])
-    bench.main()
-    table, rows = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
-    assert {row["section"] for row in rows} == {"ceilings", "head", "layers", "sampler", "equal prompts", "decode", "mismatch", "step"}
-    assert {row["note"] for row in rows if row["peer"] == "TRL chunked"} == {"not installed"}
-    assert all(row["ratio"] > 0 for row in rows if row["peer"] and row["note"] != "not installed")
-    assert {row["section"] for row in rows if row["peer"] == "floor"} == {"head", "layers", "sampler", "equal prompts", "decode", "step"}
-    assert {row["section"] for row in rows if row["goal"]} == {"head", "sampler"}, "what is asked for on a CPU"
-    assert sum(line.startswith("| ") for line in table.splitlines()) == len(rows) + 2

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 import model as m
 from conftest import measured
-from model import Cache, apart, last_logits, load, new_model, save, score
+from model import Cache, unfuse, last_logits, load, new_model, save, score
 from sample import sample, uniforms
 
 SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, initializer_range=0.2)
@@ -71,8 +71,8 @@ def test_llama_3_positions_hold_beyond_the_original_context(tmp_path):
     ours, theirs = both("llama 3", tmp_path)
     ids_BT = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(5))
     measured("60 positions", (ours(ids_BT, all_logits) - theirs(ids_BT).logits).abs().max(), 1e-4)
-    unscaled = m.rope_rates(replace(ours.shape, rope_scaling=None), torch.device("cpu"))
-    assert (m.rope_rates(ours.shape, torch.device("cpu")) < unscaled * 0.99).any()
+    unscaled = m.rope_rates(replace(ours.config, rope_scaling=None), torch.device("cpu"))
+    assert (m.rope_rates(ours.config, torch.device("cpu")) < unscaled * 0.99).any()
 
 
 @torch.no_grad()
@@ -96,9 +96,9 @@ def test_a_checkpoint_with_a_missing_shard_is_refused(tmp_path, capsys):
 
 @torch.no_grad()
 def test_cached_equals_uncached(tiny):
-    ids_BT, pad_B = torch.randint(tiny.shape.vocab, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4, 2])
+    ids_BT, pad_B = torch.randint(tiny.config.vocab, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4, 2])
     whole = tiny(ids_BT, all_logits, pad_B=pad_B)
-    cache = Cache(tiny.shape, 3, 9, pad_B, torch.float32)
+    cache = Cache(tiny.config, 3, 9, pad_B, torch.float32)
     steps = [tiny(ids_BT[:, :5], last_logits, cache=cache)] + [tiny(ids_BT[:, t:t + 1], last_logits, cache=cache) for t in range(5, 9)]
     error = max((step - whole[:, 4 + i]).abs().max() for i, step in enumerate(steps))
     measured("cached against uncached logits, relative to the largest", error / whole.abs().max(), 1e-5)
@@ -106,9 +106,9 @@ def test_cached_equals_uncached(tiny):
 
 @torch.no_grad()
 def test_a_prefix_that_all_rows_share_may_be_run_once(tiny):
-    ids_BT, pad_B = torch.randint(tiny.shape.vocab, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 1])
+    ids_BT, pad_B = torch.randint(tiny.config.vocab, (3, 9), generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 1])
     prefix_1P = torch.tensor([[9, 8, 7, 6, 5]])
-    common, cache = Cache(tiny.shape, 1, 5, torch.zeros(1, dtype=torch.long), torch.float32), Cache(tiny.shape, 3, 14, pad_B, torch.float32, shared=5)
+    common, cache = Cache(tiny.config, 1, 5, torch.zeros(1, dtype=torch.long), torch.float32), Cache(tiny.config, 3, 14, pad_B, torch.float32, shared=5)
     tiny(prefix_1P, last_logits, cache=common)
     cache.begin_with(common)
     steps = [tiny(ids_BT[:, :6], last_logits, cache=cache)] + [tiny(ids_BT[:, t:t + 1], last_logits, cache=cache) for t in range(6, 9)]
@@ -119,7 +119,7 @@ def test_a_prefix_that_all_rows_share_may_be_run_once(tiny):
 
 @torch.no_grad()
 def test_score_is_aligned_with_its_tokens(tiny):
-    ids_BT = torch.randint(tiny.shape.vocab, (2, 7), generator=torch.Generator().manual_seed(2))
+    ids_BT = torch.randint(tiny.config.vocab, (2, 7), generator=torch.Generator().manual_seed(2))
     mask_BT = torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]], dtype=torch.bool)
     logprob_BT, entropy_BT = score(tiny, ids_BT, mask_BT, 0.7)
     logp_BTV = torch.log_softmax(tiny(ids_BT, all_logits) / 0.7, -1)
@@ -136,8 +136,8 @@ def test_a_saved_folder_opens_here_and_in_transformers_bit_for_bit(name, tmp_pat
     save(tmp_path, ours.state_dict(), ours, tokenizer)
     again, theirs = load(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in apart(ours.state_dict(), ours.shape).items())
-    assert theirs.keys() - {"lm_head.weight"} == apart(ours.state_dict(), ours.shape).keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in unfuse(ours.state_dict(), ours.config).items())
+    assert theirs.keys() - {"lm_head.weight"} == unfuse(ours.state_dict(), ours.config).keys() - {"lm_head.weight"}
     if "llama" in name:   # for Qwen2, transformers puts Qwen's own tokenizer in the place of ours
         assert AutoTokenizer.from_pretrained(tmp_path)("burn the castle").input_ids == tokenizer("burn the castle").input_ids
 
@@ -149,7 +149,7 @@ def test_what_is_not_implemented_is_refused_by_name(field, value, capsys):
     config = LlamaConfig(**SIZES)
     setattr(config, field, value)
     with pytest.raises(SystemExit) as stopped:
-        m.shape_of(config, "some/model")
+        m.read_config(config, "some/model")
     assert stopped.value.code == 2
     named = field if "rope" not in field else "partial_rotary_factor" if value["rope_type"] == "default" else "rope_type"
     assert f"{named} = " in capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_what_is_not_implemented_is_refused_by_name(field, value, capsys):
                          ids=lambda c: c.model_type)
 def test_sliding_windows_are_refused(config, capsys):
     with pytest.raises(SystemExit):
-        m.shape_of(config, "some/model")
+        m.read_config(config, "some/model")
     assert "sliding_window = " in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_a_newborn_model_is_a_function_of_its_seed():
 
 @torch.no_grad()
 def test_a_real_model_equals_transformers_in_fp32_and_is_as_close_in_bf16_as_transformers_itself(smollm2):
-    ids_BT = torch.randint(m.load(smollm2).shape.vocab, (16, 16), generator=torch.Generator().manual_seed(0))   # what bf16 costs one text is half chance
+    ids_BT = torch.randint(m.load(smollm2).shape.vocab, (16, 16), generator=torch.Generator().manual_seed(0))   # what bf16 costs one text is tmp_dir chance
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, :9] = 0
     logits = {}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 HUB_NAMES = ("Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "allenai/wildguard", "path/to/SmolLM2-135M-Instruct")
-TRAINING = "--steps 1 --games 16 --warm-steps 40 --max-new-tokens 40"   # what makes a training command take seconds
+TRAINING = "--steps 1 --games 16 --sft-steps 40 --max-new-tokens 40"   # what makes a training command take seconds
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ last=${{@: -1}}
 case "$*" in
 *venv*|*pytest*) exit 0 ;;
 *"--seed "[12]*)
-    [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" && sed -i 's/"seed": 0/"seed": '${{last: -1}}/ "$last/step_000000/warm_start.json" && exit
+    [ -d "${{last%-?}}-0" ] && cp -r "${{last%-?}}-0" "$last" && sed -i 's/"seed": 0/"seed": '${{last: -1}}/ "$last/step_000000/sft.json" && exit
     exec {sys.executable} "$@" {TRAINING} --no-exam ;;
 "eval.py report"*) exec {sys.executable} "$@" --n 8 ;;
 "eval.py exploit"*) exec {sys.executable} "$@" --steps 1 --games 8 --n 8 --seeds 0 --from start --side attacker ;;
-tests/weak_scaling.py) exec {sys.executable} "$@" --games 4 --steps 2 --warm-steps 1 ;;
+tests/weak_scaling.py) exec {sys.executable} "$@" --games 4 --steps 2 --sft-steps 1 ;;
 "eval.py crossplay"*) exec {sys.executable} "$@" --n 8 ;;
 train.py) exec {sys.executable} "$@" {TRAINING} ;;
 train.py*) exec {sys.executable} "$@" {TRAINING} --no-exam ;;

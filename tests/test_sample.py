@@ -63,7 +63,7 @@ def test_batches_that_fill_the_cache_change_nothing(tiny, monkeypatch):
     assert [r.ids for r in sample(tiny, prompts, uniform_NT, [3])] == [r.ids for r in whole]
 
 
-@pytest.mark.parametrize("shared", [[], [7, 8, 9] * 8], ids=["apart", "common prefix"])
+@pytest.mark.parametrize("shared", [[], [7, 8, 9] * 8], ids=["unfuse", "common prefix"])
 def test_prompts_that_wait_take_the_places_of_those_that_stopped_and_draw_what_they_would_alone(shared, tiny, monkeypatch):
     prompts, uniform_NT, stops = [shared + p for p in ragged_prompts(40)], uniforms(1, 2, range(40), 0, 12), list(range(0, 160, 12))
     alone = [sample(tiny, [p], u[None], stops)[0] for p, u in zip(prompts, uniform_NT)]
@@ -110,7 +110,7 @@ def test_many_prompts_are_run_a_few_at_a_time_and_nothing_changes(tiny, monkeypa
 
 
 def test_a_reply_ends_with_its_stop_token_or_at_its_length(tiny):
-    stops = list(range(0, tiny.shape.vocab, 6))
+    stops = list(range(0, tiny.config.vocab, 6))
     for reply in sample(tiny, ragged_prompts(32), uniforms(0, 0, range(32), 0, 9), stops):
         assert not set(reply.ids[:-1]) & set(stops)
         assert reply.stopped == (reply.ids[-1] in stops) and (reply.stopped or len(reply.ids) == 9)
@@ -192,9 +192,9 @@ def test_what_prompts_begin_with_is_run_once_for_each_instruction_and_changes_no
     assert sorted(map(tuple, begun)) == sorted({tuple(head) for head in heads})
     measured("tokens of prompts run, over those that are their own", (sum(passes) + sum(map(len, heads))) / (sum(map(len, prompts)) - 12 * sum(map(len, heads)) + sum(map(len, heads))), 1.0)
     monkeypatch.setattr(s, "WORTH", 10_000)
-    apart = sample(tiny, prompts, uniform_NT, [3, 4])
-    assert [r.ids for r in shared] == [r.ids for r in apart]
-    measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(shared, apart)), 1e-5)
+    unfuse = sample(tiny, prompts, uniform_NT, [3, 4])
+    assert [r.ids for r in shared] == [r.ids for r in unfuse]
+    measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(shared, unfuse)), 1e-5)
 
 
 def test_a_prefix_is_run_apart_where_that_saves_more_tokens_than_a_pass_is_worth(monkeypatch):
@@ -206,13 +206,13 @@ def test_a_prefix_is_run_apart_where_that_saves_more_tokens_than_a_pass_is_worth
 
 @pytest.mark.parametrize("done", [None, lambda ids: ids[-1] % 4 == 0], ids=["to the end", "until decided"])
 def test_steps_that_are_taken_eight_at_a_time_draw_the_same(done, tiny, monkeypatch):
-    """As on a GPU, where a recorded step is replayed; here the record is the step itself."""
+    """As on a GPU, where a recorded step is replayed; here the game_record is the step itself."""
     prompts, uniform_NT, stops = ragged_prompts(40), uniforms(1, 2, range(40), 0, 21), list(range(0, 160, 12))
     monkeypatch.setattr(s, "CACHE_SLOTS", 8 * (max(map(len, prompts)) + 21))
     singly = sample(tiny, prompts, uniform_NT, stops, done=done)
     looks, working = [], s.Seats.working
     monkeypatch.setattr(s.Seats, "working", lambda self: looks.append(1) or working(self))
-    monkeypatch.setattr(s.Seats, "record", lambda self: SimpleNamespace(replay=self.step))
+    monkeypatch.setattr(s.Seats, "game_record", lambda self: SimpleNamespace(replay=self.step))
     at_once = sample(tiny, prompts, uniform_NT, stops, done=done)
     assert [(r.ids, r.stopped) for r in at_once] == [(r.ids, r.stopped) for r in singly]
     measured("log-probabilities", max(np.abs(np.subtract(a.logprobs, b.logprobs)).max() for a, b in zip(at_once, singly)), 2e-5)

@@ -9,8 +9,8 @@ import selfplay
 from conftest import measured
 from judge import Verdict
 from sample import Sample
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Reply, Seed, Turn, is_legal, mix, pack, parse_reply, payoffs, play, plays_of, record, returns,
-                      transcript, whiten, write_reply)
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Reply, Seed, Turn, is_legal, seeds_for_step, pack, parse_reply, payoffs, play, experiences_of, game_record, returns,
+                      show_game, whiten, write_reply)
 
 # ---------------------------------------------------------------- parsing
 
@@ -65,13 +65,13 @@ POOLS = [[Seed(f"{h}{r}{i}", h, r) for i in range(n)] for (h, r), n in zip(produ
 
 
 def test_the_four_kinds_of_seed_come_in_equal_shares_and_reproducibly():
-    seeds = mix(POOLS, 32, seed=0, step=3)
+    seeds = seeds_for_step(POOLS, 32, seed=0, step=3)
     assert all(sum((s.harmful, s.revise) == kind for s in seeds) == 8 for kind in product((True, False), repeat=2))
-    assert seeds == mix(POOLS, 32, seed=0, step=3) and seeds != mix(POOLS, 32, seed=0, step=4) and seeds != mix(POOLS, 32, seed=1, step=3)
+    assert seeds == seeds_for_step(POOLS, 32, seed=0, step=3) and seeds != seeds_for_step(POOLS, 32, seed=0, step=4) and seeds != seeds_for_step(POOLS, 32, seed=1, step=3)
 
 
 def test_every_seed_is_used_once_before_any_is_used_twice():
-    drawn = [s for step in range(7) for s in mix(POOLS, 20, seed=0, step=step) if (s.harmful, s.revise) == (True, True)]
+    drawn = [s for step in range(7) for s in seeds_for_step(POOLS, 20, seed=0, step=step) if (s.harmful, s.revise) == (True, True)]
     assert all(sorted(s.text for s in drawn[i:i + 5]) == sorted(s.text for s in POOLS[0]) for i in range(0, 35, 5))
 
 
@@ -83,37 +83,37 @@ SECRET = "burn"   # a word of the thoughts that must not travel
 class Script:
     """A player that answers from a list and remembers what it was shown."""
 
-    def __init__(self, setting, replies):
-        self.setting, self.replies, self.seen = setting, replies, []
+    def __init__(self, chat, replies):
+        self.chat, self.replies, self.seen = chat, replies, []
 
     def __call__(self, prompts, numbers):
-        self.seen += [self.setting.tokenizer.decode(p) for p in prompts]
-        return [Sample(ids, [0.0] * len(ids), True) for ids in (self.setting.tokenizer(self.replies[n], add_special_tokens=False).input_ids for n in numbers)]
+        self.seen += [self.chat.tokenizer.decode(p) for p in prompts]
+        return [Sample(ids, [0.0] * len(ids), True) for ids in (self.chat.tokenizer(self.replies[n], add_special_tokens=False).input_ids for n in numbers)]
 
 
-def test_no_thought_reaches_the_other_side_or_the_judge(setting):
+def test_no_thought_reaches_the_other_side_or_the_judge(chat):
     attacks = [f"{SECRET} {SECRET} </think> <answer> kill the weed </answer>", f"{SECRET} </think> kill the weed", f"{SECRET} <answer> {SECRET} </answer>", f"{SECRET}"]
     answers = [f"{SECRET} </think> <answer> get the hose </answer>", f"{SECRET} </think> <answer> get the hose </answer> hm", f"{SECRET} the hose", f"{SECRET} </think>"]
     shown, seeds = [], [Seed("paint the bridge", True, True)] * 4
     judge = lambda exchanges: shown.extend(exchanges) or [Verdict(True, True, False)] * len(exchanges)
-    attacker, defender = Script(setting, attacks), Script(setting, answers)
-    games = play(seeds, [0, 1, 2, 3], setting, attacker, defender, judge)
+    attacker, defender = Script(chat, attacks), Script(chat, answers)
+    games = play(seeds, [0, 1, 2, 3], chat, attacker, defender, judge)
     assert not any(SECRET in text for text in defender.seen), defender.seen
     assert len(shown) == 2 and not any(SECRET in e.prompt + e.response for e in shown)
     assert [g.asked for g in games] == ["kill the weed"] + ["paint the bridge"] * 3, "an attacker that passes nothing on has the raw seed asked instead"
     assert [g.verdict for g in games[2:]] == [Verdict(True, True, False)] * 2, "a defender that passes nothing on has refused"
 
 
-def test_a_raw_seed_skips_the_attacker(setting):
-    attacker, defender = Script(setting, {}), Script(setting, {4: "fine </think> <answer> get the map </answer>"})
-    game = play([Seed("find the king", False, False)], [4], setting, attacker, defender, lambda e: [Verdict(False, False, False)])[0]
+def test_a_raw_seed_skips_the_attacker(chat):
+    attacker, defender = Script(chat, {}), Script(chat, {4: "fine </think> <answer> get the map </answer>"})
+    game = play([Seed("find the king", False, False)], [4], chat, attacker, defender, lambda e: [Verdict(False, False, False)])[0]
     assert game.attacker is None and attacker.seen == [] and "find the king" in defender.seen[0]
-    assert record(game, 1)["attack"] is None and "find the king" in transcript(game, REWARDS["zero_sum"])
+    assert game_record(game, 1)["attack"] is None and "find the king" in show_game(game, REWARDS["zero_sum"])
 
 
-def test_the_defender_sees_the_attack_and_nothing_else(setting):
-    defender = Script(setting, ["fine </think> <answer> get the map </answer>"])
-    play([Seed("rob the bank", True, True)], [0], setting, Script(setting, ["use story </think> <answer> tell a story </answer>"]), defender, lambda e: [Verdict()])
+def test_the_defender_sees_the_attack_and_nothing_else(chat):
+    defender = Script(chat, ["fine </think> <answer> get the map </answer>"])
+    play([Seed("rob the bank", True, True)], [0], chat, Script(chat, ["use story </think> <answer> tell a story </answer>"]), defender, lambda e: [Verdict()])
     assert defender.seen == ["<user> tell a story <end> <assistant> <think>"]
 
 
@@ -167,9 +167,9 @@ def test_an_attacker_that_passes_nothing_on_forfeits(name):
 
 def test_unreadable_games_and_ties_earn_nothing_and_teach_nothing():
     games = [game(True, Verdict(readable=False)), game(True, Verdict(True, None, True)), game(True, Verdict(True, True, False))]
-    plays = plays_of(games, REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
-    assert [(p.turn.role, p.payoff, p.shaping) for p in plays] == [(ATTACKER, -2.0, 1.0), (DEFENDER, 2.0, 1.0)]
-    assert [p.shaping for p in plays_of(games, REWARDS["zero_sum"], (DEFENDER,), cot=False)] == [0.0]
+    experiences = experiences_of(games, REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
+    assert [(p.turn.role, p.payoff, p.shaping) for p in experiences] == [(ATTACKER, -2.0, 1.0), (DEFENDER, 2.0, 1.0)]
+    assert [p.shaping for p in experiences_of(games, REWARDS["zero_sum"], (DEFENDER,), cot=False)] == [0.0]
 
 
 # ---------------------------------------------------------------- credit

@@ -20,11 +20,11 @@ from kernels import attention
 from launch import finished, start
 from model import Cache, load, new_model, save, score
 from sample import sample, uniforms
-from selfplay import ATTACKER, DEFENDER, Play, Reply, Turn, pack
-from train import Config, Ranks, micro_batches, pack_plays, policy_loss, schedule, seed_pools, step_line, update
+from selfplay import ATTACKER, DEFENDER, Experience, Reply, Turn, pack
+from train import Config, Ranks, micro_batches, pack_experiences, policy_loss, schedule, seed_pools, step_line, update
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "3", "--games", "8", "--warm-steps", "40", "--seed", "5"]
+SMALL = ["--steps", "3", "--games", "8", "--sft-steps", "40", "--seed", "5"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -80,8 +80,8 @@ def some_plays(tiny, n=10):
     prompts = [rng.integers(1, 160, size=rng.integers(2, 9)).tolist() for _ in range(n)]
     replies = sample(tiny, prompts, uniforms(0, 0, range(n), 0, 9), [1, 2, 3, 4, 5, 6])
     turns = [Turn(ATTACKER if i % 3 else DEFENDER, p, r.ids, r.logprobs, Reply("", "", "x", True)) for i, (p, r) in enumerate(zip(prompts, replies))]
-    plays = [Play(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
-    return plays, [rng.normal(size=len(p.turn.ids)) for p in plays]
+    experiences = [Experience(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
+    return experiences, [rng.normal(size=len(p.turn.ids)) for p in experiences]
 
 
 class Still(torch.optim.SGD):
@@ -91,32 +91,32 @@ class Still(torch.optim.SGD):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradients(tiny, plays, advantage, demos=(), **changed):
+def gradients(tiny, experiences, advantage, demos=(), **changed):
     optimizer = Still(tiny.parameters(), lr=0.0)
-    sums = update(tiny, optimizer, plays, [np.array(p.turn.logprobs) for p in plays], advantage, list(demos), Config(**changed), ALONE)
+    sums = update(tiny, optimizer, experiences, [np.array(p.turn.logprobs) for p in experiences], advantage, list(demos), Config(**changed), ALONE)
     return optimizer.kept, sums
 
 
 def test_the_split_into_micro_batches_changes_nothing(tiny):
-    plays, advantage = some_plays(tiny)
-    whole, sums_whole = gradients(tiny, plays, advantage)
-    split, sums_split = gradients(tiny, plays, advantage, micro_tokens=20)
+    experiences, advantage = some_plays(tiny)
+    whole, sums_whole = gradients(tiny, experiences, advantage)
+    split, sums_split = gradients(tiny, experiences, advantage, micro_tokens=20)
     assert len(sums_split) > len(sums_whole)
     measured("gradient, one batch against many", max((a - b).abs().max() for a, b in zip(whole, split)), 1e-6)
 
 
 def test_the_first_update_has_ratio_1_and_the_sampler_agrees_with_the_trainer(tiny):
-    plays, advantage = some_plays(tiny)
-    _, sums = gradients(tiny, plays, advantage)
+    experiences, advantage = some_plays(tiny)
+    _, sums = gradients(tiny, experiences, advantage)
     assert max(s.get("ratio_max", 0) for s in sums) == 1.0
-    n = sum(len(p.turn.ids) for p in plays)
+    n = sum(len(p.turn.ids) for p in experiences)
     measured("mean |sampler - trainer log-probability|", sum(s.get("mismatch", 0) for s in sums) / n, 1e-5)
 
 
 def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
-    plays, advantage = some_plays(tiny, 4)
+    experiences, advantage = some_plays(tiny, 4)
     demos = [([5, 6], [7, 8, 9]), ([5], [10])]
-    _, sums = gradients(tiny, plays, [0 * a for a in advantage], demos)
+    _, sums = gradients(tiny, experiences, [0 * a for a in advantage], demos)
     ids_BT, mask_BT = pack(*zip(*demos))
     expected = -score(tiny, ids_BT, mask_BT)[0].sum() / 4
     measured("supervised loss", abs(sum(s.get("loss_sft", 0) for s in sums) - expected), 1e-6)
@@ -124,7 +124,7 @@ def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
 
 
 def test_an_empty_micro_batch_weighs_nothing(tiny):
-    ids_BT, mask_BT, advantage_BT = pack_plays([], [], [[]], torch.device("cpu"))
+    ids_BT, mask_BT, advantage_BT = pack_experiences([], [], [[]], torch.device("cpu"))
     logprob_BT, _ = score(tiny, ids_BT, mask_BT)
     assert policy_loss(logprob_BT, logprob_BT.detach(), advantage_BT, mask_BT, 1, 0.2).item() == 0.0
 
@@ -175,7 +175,7 @@ def test_two_processes_end_with_the_weights_and_metrics_of_one(runs):
 @pytest.mark.parametrize("play", ["attacker", "defender"])
 def test_four_processes_of_which_some_have_no_game_or_no_attacker_end_with_the_weights_of_one(play, runs):
     """Four games on four ranks: two have a raw seed, which attacker-only play has no use for."""
-    args = ["--games", "4", "--steps", "4", "--warm-steps", "40", "--seed", "5", "--kl", "0", "--play", play]   # AdamW would blow up the KL's rounding
+    args = ["--games", "4", "--steps", "4", "--sft-steps", "40", "--seed", "5", "--kl", "0", "--play", play]   # AdamW would blow up the KL's rounding
     for ranks in (1, 4):
         succeeds(*args, "--out", runs / f"{play}{ranks}", ranks=ranks)
     assert largest_difference(weights(runs / f"{play}1"), load_file(runs / "warm" / "step_000000" / "model.safetensors")) > 1e-4
@@ -195,7 +195,7 @@ def test_two_launchers_of_two_processes_each_end_with_the_weights_of_one_process
 
 
 def draw_roles(config, to, number):
-    """A hundred steps of random plays on a tiny model, of which each rank plays its share: often nothing, often one role alone."""
+    """A hundred steps of random experiences on a tiny model, of which each rank experiences its share: often nothing, often one role alone."""
     ranks = train.setup(Config(precision="fp32"))
     policy = train.shard(new_model(config, 0), ranks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
@@ -208,21 +208,21 @@ def draw_roles(config, to, number):
             replies = sample(policy, [prompts[i] for i in mine], uniforms(0, step, mine, 0, 6), [1, 2, 3, 4, 5, 6]) if mine else []
         replies = dict(train.gather_list(list(zip(mine, replies)), ranks))
         turns = [Turn(ATTACKER if rng.random() < step / 100 else DEFENDER, prompts[i], replies[i].ids, replies[i].logprobs, Reply("", "", "x", True)) for i in range(n)]
-        plays = [Play(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
-        old = train.rescore(policy, plays, Config(micro_tokens=30), ranks)
-        update(policy, optimizer, plays, old, [rng.normal(size=len(t.ids)) for t in turns], [], Config(micro_tokens=30, updates=2), ranks)
+        experiences = [Experience(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
+        old = train.rescore(policy, experiences, Config(micro_tokens=30), ranks)
+        update(policy, optimizer, experiences, old, [rng.normal(size=len(t.ids)) for t in turns], [], Config(micro_tokens=30, updates=2), ranks)
     torch.save({name: getattr(p, "full_tensor", lambda: p)().detach() for name, p in policy.named_parameters()}, f"{to}_{number}")
 
 
 def test_a_hundred_random_mixes_of_roles_neither_hang_nor_change_the_weights(tmp_path, tiny):
     for world in (1, 3):
-        succeeds(ranks=world, instead=partial(draw_roles, tiny.config, tmp_path / f"of{world}"))
+        succeeds(ranks=world, instead=partial(draw_roles, tiny.hf_config, tmp_path / f"of{world}"))
     one, three = torch.load(tmp_path / "of1_0"), torch.load(tmp_path / "of3_2")
     measured("weights, 3 processes against 1, after 100 random steps", largest_difference(one, three), 1e-5)
 
 
 def test_two_steps_and_two_resumed_equal_four_bit_for_bit(runs):
-    args = ["--games", "8", "--warm-steps", "40", "--seed", "5", "--steps", "4", "--save-every", "2"]
+    args = ["--games", "8", "--sft-steps", "40", "--seed", "5", "--steps", "4", "--save-every", "2"]
     succeeds(*args, "--out", runs / "whole")
     shutil.copytree(runs / "whole", runs / "resumed")
     shutil.rmtree(runs / "resumed" / "step_000004")
@@ -316,17 +316,17 @@ def test_a_trained_folder_opens_in_transformers_and_answers(real):
 @pytest.mark.parametrize("play", ["self", "defender"])
 def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_it_can(play, real, capsys):
     """Of two turns: the attacker's prompt and its reply, and the defender's, which holds that reply, and its own."""
-    given, setting = load(str(real / "policy")), train.Setting(train.open_tokenizer(str(real / "policy")), train.ENGLISH, cot=False)
+    given, chat = load(str(real / "policy")), train.ChatFormat(train.open_tokenizer(str(real / "policy")), train.ENGLISH, cot=False)
     cfg = Config(play=play, judge="keywords", seeds=[str(real / "harmful.jsonl"), str(real / "benign.jsonl")], max_new_tokens=500)
     pools = seed_pools(cfg)[0]
     with pytest.raises(SystemExit):
-        train.check_lengths(cfg, pools, setting, given)
+        train.check_lengths(cfg, pools, chat, given)
     most = int(capsys.readouterr().err.split("choose at most ")[1].rstrip(".\n"))
-    train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most), pools, setting, given)
+    train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most), pools, chat, given)
     with pytest.raises(SystemExit):
-        train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most + 1), pools, setting, given)
-    seeds, attacked = [seed for pool in pools for seed in pool], (512 - len(setting.defender_prompt(""))) // 2
-    raw, rewritten = (512 - max(len(ids) for ids in prompts) for prompts in ([setting.defender_prompt(s.text) for s in seeds], [setting.attacker_prompt(s) for s in seeds]))
+        train.check_lengths(train.dataclasses.replace(cfg, max_new_tokens=most + 1), pools, chat, given)
+    seeds, attacked = [seed for pool in pools for seed in pool], (512 - len(chat.defender_prompt(""))) // 2
+    raw, rewritten = (512 - max(len(ids) for ids in prompts) for prompts in ([chat.defender_prompt(s.text) for s in seeds], [chat.attacker_prompt(s) for s in seeds]))
     assert most == (min(attacked, rewritten) if play == "self" else raw)
 
 
@@ -346,7 +346,7 @@ def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute,
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(torch.zeros(8, 256, dtype=torch.long), lambda hidden_BTD, weight_VD: hidden_BTD)
     bytes_per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2048
-    planned = train.activation_bytes(model.shape, recompute) - train.layer_bytes(model.shape) * recompute   # the one layer comes in the backward pass
+    planned = train.activation_bytes(model.config, recompute) - train.layer_bytes(model.config) * recompute   # the one layer comes in the backward pass
     measured(f"kept {bytes_per_token:.0f}, planned {planned} bytes a token; relative difference", abs(bytes_per_token / planned - 1), 0.1)
 
 
@@ -360,7 +360,7 @@ def test_the_plan_counts_weights_moments_and_cache_to_the_byte():
     assert plan["always"]["policy, fp32 master weights"] == sum(p.nbytes for p in model.parameters()) == plan["backward pass"]["gradients, fp32"]
     assert plan["always"]["Adam moments, fp32"] == sum(s[key].nbytes for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     with torch.device("meta"):
-        cache = Cache(model.shape, 1, train.CACHE_SLOTS + 4 * train.AHEAD, torch.zeros(1, dtype=torch.long), torch.bfloat16)
+        cache = Cache(model.config, 1, train.CACHE_SLOTS + 4 * train.AHEAD, torch.zeros(1, dtype=torch.long), torch.bfloat16)
     assert plan["play"]["cache of keys and values"] == cache.key_LBKSE.nbytes + cache.value_LBKSE.nbytes
 
 
@@ -375,23 +375,23 @@ def grow(config, cfg, number):
     ctypes.CDLL(None).mallopt(-3, 2 ** 16)   # what is freed goes back to the system, which a run would not do
     for size in (LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2), config):
         before = status("VmRSS")
-        policy = train.shard(new_model(size, 0).to(train.MASTER[cfg.optim]), ranks)
+        policy = train.shard(new_model(size, 0), ranks)
         reference = train.shard(new_model(size, 1).to(torch.bfloat16), ranks).requires_grad_(False)
-        optimizer = train.OPTIMIZERS[cfg.optim](policy.parameters(), lr=1e-6, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         reply = [cfg.micro_tokens // 4 - 8] * 8   # two micro-batches of four rows
         turns = [Turn(ATTACKER, [1] * 8, rng.integers(0, 300, size=n).tolist(), [-1.0] * n, Reply("", "", "x", True)) for n in reply]
-        plays = [Play(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
+        experiences = [Experience(i, turn, 1.0, 1.0) for i, turn in enumerate(turns)]
         for _ in range(2):
             Path("/proc/self/clear_refs").write_text("5")   # forget the peak of building it all
-            reference_logprob = train.rescore(reference, plays, cfg, ranks)
-            update(policy, optimizer, plays, reference_logprob, [np.ones(n) for n in reply], [], cfg, ranks)
+            reference_logprob = train.rescore(reference, experiences, cfg, ranks)
+            update(policy, optimizer, experiences, reference_logprob, [np.ones(n) for n in reply], [], cfg, ranks)
     print(status("VmHWM") - before)
 
 
-@pytest.mark.parametrize("optim, recompute, tokens, vocab, width, layers", [("adamw", False, 256, 4000, 512, 6), ("split", True, 128, 16000, 512, 8), ("adamw", True, 128, 16000, 768, 8)])
-def test_the_plan_agrees_with_the_memory_that_an_update_takes(optim, recompute, tokens, vocab, width, layers):
+@pytest.mark.parametrize("recompute, tokens, vocab, width, layers", [(False, 256, 4000, 512, 6), (True, 128, 16000, 768, 8)])
+def test_the_plan_agrees_with_the_memory_that_an_update_takes(recompute, tokens, vocab, width, layers):
     config = LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4)
-    cfg = Config(precision="bf16", optim=optim, recompute=recompute, micro_tokens=tokens)
+    cfg = Config(precision="bf16", recompute=recompute, micro_tokens=tokens)
     took = int(succeeds(instead=partial(grow, config, cfg)))
     plan = train.memory_plan(cfg, config, None, 1, "cpu")
     planned = sum(plan["always"].values()) + max(sum(plan[phase].values()) for phase in ("backward pass", "its end"))
@@ -400,10 +400,10 @@ def test_the_plan_agrees_with_the_memory_that_an_update_takes(optim, recompute, 
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny):
-    plays, advantage = some_plays(tiny)
-    kept, _ = gradients(tiny, plays, advantage)
+    experiences, advantage = some_plays(tiny)
+    kept, _ = gradients(tiny, experiences, advantage)
     tiny.recompute = True
-    again, _ = gradients(tiny, plays, advantage)
+    again, _ = gradients(tiny, experiences, advantage)
     tiny.recompute = False
     measured("gradients", max((a - b).abs().max() for a, b in zip(kept, again)), 1e-6)
 
@@ -449,8 +449,8 @@ def test_a_run_that_was_stopped_in_its_warm_start_can_be_started_again(runs):
     out = runs / "stopped"
     (out / "partial_000000").mkdir(parents=True)
     (out / "config.json").write_text("{}")
-    (out / "partial_000000" / "model.safetensors").write_text("half")
-    succeeds("--steps", "1", "--games", "4", "--warm-steps", "40", "--seed", "5", "--out", out)
+    (out / "partial_000000" / "model.safetensors").write_text("tmp_dir")
+    succeeds("--steps", "1", "--games", "4", "--sft-steps", "40", "--seed", "5", "--out", out)
     assert (out / "latest").read_text() == "step_000001"
 
 

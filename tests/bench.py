@@ -34,7 +34,7 @@ from kernels.linear import keep_memory, linear
 from kernels.logprob import head_bytes, token_logprob
 from kernels.norm import reference as norm_formula, rms_norm
 from kernels.swiglu import reference as swiglu_formula, swiglu
-from model import Transformer, apart, load, score
+from model import Transformer, unfuse, load, score
 from sample import Sample, Seats, decode, uniforms
 from selfplay import pack
 from train import Ranks, micro_batches
@@ -155,7 +155,7 @@ def bench_ceilings(dtype: torch.dtype) -> Iterator[Row]:
 
 def step_floor(model: Transformer, rows: int, context: int, dtype: torch.dtype) -> float:
     """Seconds of a step that draws a token for each row: weights read once or multiplied, whichever is longer, and the cache read once."""
-    (flops, bandwidth), shape = ceilings(dtype), model.shape
+    (flops, bandwidth), shape = ceilings(dtype), model.config
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tied else model.embed_tokens.weight.numel())
     cache = 2 * shape.layers * rows * context * shape.kv_heads * shape.head_width * precision(dtype, DEVICE).itemsize
     return max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / flops) + cache / bandwidth
@@ -268,8 +268,8 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> Transformer:
 def theirs_of(ours: Transformer, dtype: torch.dtype) -> torch.nn.Module:
     """transformers, on the very same weights."""
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(ours.config, dtype=dtype).eval().requires_grad_(False)
-    model.load_state_dict(apart(ours.state_dict(), ours.shape), strict=not ours.shape.tied, assign=True)
+        model = AutoModelForCausalLM.from_config(ours.hf_config, dtype=dtype).eval().requires_grad_(False)
+    model.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied, assign=True)
     model.tie_weights()
     return model
 
@@ -328,7 +328,7 @@ class Pair:
 
 
 def pair_of(ours: Transformer, dtype: torch.dtype, work: Work) -> Pair:
-    rng, vocab = np.random.default_rng(0), ours.shape.vocab
+    rng, vocab = np.random.default_rng(0), ours.config.vocab
     heads = [rng.integers(1, vocab, size).tolist() for size in work.instructions]
     own = [rng.integers(1, vocab, rng.integers(work.own[0], work.own[1] + 1)).tolist() for _ in range(work.prompts)]
     prompts = [heads[n % len(heads)] + some for n, some in enumerate(own)]
@@ -365,7 +365,7 @@ def bench_sampler(dtype: torch.dtype) -> Iterator[Row]:
 
 @torch.inference_mode()
 def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
-    """Steps alone, with the prompts in the cache: on a GPU, replays of the record."""
+    """Steps alone, with the prompts in the cache: on a GPU, replays of the game_record."""
     rows = pair.work.rows
     seats = Seats(pair.ours, pair.prompts, rows, uniforms(0, 0, range(rows), 0, 400), [], 1.0)
     seats.fill()
