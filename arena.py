@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import read_labelled, read_rows
+from data import read_prompts, read_rows
 from judge import Exchange, Judge, JudgeModel, Verdict, open_judge
-from model import Transformer, find, load, open_tokenizer, stop, stop_ids, weight_files
+from model import Transformer, find_checkpoint, load, open_tokenizer, stop, stop_ids, weight_files
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn, payoffs
 
@@ -126,7 +126,7 @@ class EvalModel:
         """Replies of at most `longest` tokens, as the game reads them."""
         uniform_NT = uniforms(seed, 0, range(len(prompts)), turn, longest)
         samples = sample(self.model, prompts, uniform_NT, stop_ids(self.model, self.chat.tokenizer), temperature, label)
-        return [self.chat.read(s) for s in samples]
+        return [self.chat.parse(s) for s in samples]
 
 
 
@@ -159,13 +159,13 @@ def short(name: str) -> str:
 
 
 @lru_cache
-def fingerprint(name: str) -> str:
+def weights_hash(name: str) -> str:
     """What tells two checkpoints unfuse: a hash of their weights."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in weight_files(find(name)))).hexdigest()[:12]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in weight_files(find_checkpoint(name)))).hexdigest()[:12]
 
 
 
-def open_subject(name: str, prompts: Prompts = toy.PROMPTS) -> EvalModel:
+def open_eval_model(name: str, prompts: Prompts = toy.PROMPTS) -> EvalModel:
     """A model with the prompts of its language; a model from elsewhere answers as it was taught to, without private thoughts."""
     config = run_config(name) or {"cot": prompts is toy.PROMPTS}
     return EvalModel(name, load(name, PRECISION).to(DEVICE), ChatFormat(open_tokenizer(name), prompts, config["cot"]))
@@ -219,7 +219,7 @@ def matchups(config: dict, n: int, files: list[str]) -> list[Matchup]:
         pairs = {"held-out": sorted(toy.HELD_OUT), "training": [p for p in toy.PAIRS if p not in toy.HELD_OUT]}
         return [Matchup(name, requests([(toy.plain(p), toy.is_harmful(p)) for p in part], n), toy.judge, toy.PROMPTS, ATTACK, ANSWER)
                 for name, part in pairs.items()]
-    labelled = [row for path in files or config["seeds"] for row in read_labelled(path).rows]
+    labelled = [row for path in files or config["seeds"] for row in read_prompts(path).rows]
     longest = config["max_new_tokens"]
     return [Matchup("given" if files else "training", requests(labelled, n), open_judge_on_device(config["judge"]), ENGLISH, longest, longest)]
 
@@ -320,15 +320,15 @@ def responses(name: str, args: Namespace) -> list[BestResponse]:
     """The best responses that the command line asks for. They train as the run itself did, but pay nothing for leaving the start."""
     config, origins = need_config(name), {"start": start_of(name), "own": name}
     same = {key: config[key] for key in config.keys() - {"attacks", "sft", "resume", "plan", "save_every", "sft_steps"}}
-    same |= {"opponent": str(find(name)), "steps": args.steps, "games": args.games or config["games"], "lr": args.lr or config["lr"],
+    same |= {"opponent": str(find_checkpoint(name)), "steps": args.steps, "games": args.games or config["games"], "lr": args.lr or config["lr"],
              "kl": 0.0, "exam": False, "reward": "zero_sum"}
-    if fingerprint(origins["start"]) == fingerprint(name):
+    if weights_hash(origins["start"]) == weights_hash(name):
         del origins["own"]                                        # the start itself
     found = []
     for side, origin, seed in product(args.side, [origin for origin in args.origin if origin in origins], args.seeds):
-        label = f"{short(name).replace(' ', '-')}-{fingerprint(name)}-{side}-{origin}-{seed}-{args.steps}"
+        label = f"{short(name).replace(' ', '-')}-{weights_hash(name)}-{side}-{origin}-{seed}-{args.steps}"
         folder = Path(args.out).with_suffix("") / label
-        mine = same | {"play": side, "model": str(find(origins[origin])), "seed": seed, "out": str(folder)}
+        mine = same | {"play": side, "model": str(find_checkpoint(origins[origin])), "seed": seed, "out": str(folder)}
         found.append(BestResponse(origin, folder, mine))
     return found or stop(f"{name}: is where its run started; add --from start.")
 
@@ -384,7 +384,7 @@ def exploited(name: str, mine: list[BestResponse], places: list[Matchup]) -> dic
     A model against itself and against its best responses, in fresh games in every matchup. A response's gain is what it earns more than
     the model itself in its place, seed by seed.
     """
-    subject, entries = open_subject(name, places[0].prompts), []
+    subject, entries = open_eval_model(name, places[0].prompts), []
     own = {a.name: games_of(subject, a, attacks_of(subject, a)) for a in places}
 
     def enter(side: str, origin: str, steps: list[dict], games: dict[str, list[Game]]) -> None:
@@ -393,7 +393,7 @@ def exploited(name: str, mine: list[BestResponse], places: list[Matchup]) -> dic
         found = {place: outcome(g) | {"gain": gain[place]} for place, g in games.items()}
         entries.append({"side": side, "from": origin, "curve": steps} | found)
     for response in mine:
-        other, side = open_subject(str(response.folder), places[0].prompts), response.config["play"]
+        other, side = open_eval_model(str(response.folder), places[0].prompts), response.config["play"]
         attacking, defending = (other, subject) if side == ATTACKER else (subject, other)
         games = {a.name: games_of(defending, a, attacks_of(attacking, a)) for a in places}
         enter(side, f"{response.origin}, seed {response.config['seed']}", curve(response.folder, side), games)

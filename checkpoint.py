@@ -22,7 +22,7 @@ MANIFEST = "complete.json"
 
 
 
-def flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Push a file, or a folder's list of names, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -34,13 +34,13 @@ def replace_text(path: Path, text: str) -> None:
     """The whole old text or the whole new one, whatever happens in between."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
-    flush(new)
+    sync_to_disk(new)
     new.replace(path)
-    flush(path.parent)
+    sync_to_disk(path.parent)
 
 
 
-def fingerprint(file: Path) -> list[int]:
+def file_size(file: Path) -> list[int]:
     """Size, and a checksum of the first MiB: of all of a small file, and of the header of a large one, whose tears show in its size."""
     with open(file, "rb") as opened:
         return [file.stat().st_size, zlib.crc32(opened.read(2 ** 20))]
@@ -50,9 +50,9 @@ def fingerprint(file: Path) -> list[int]:
 def commit(tmp_dir: Path, final: Path) -> None:
     """A written folder gets a list of its files, goes to the disk, and only then gets its name."""
     files = [file for file in sorted(tmp_dir.rglob("*")) if file.is_file() and file.name != MANIFEST]   # a copied start brings its own list
-    (tmp_dir / MANIFEST).write_text(json.dumps({str(file.relative_to(tmp_dir)): fingerprint(file) for file in files}, indent=1))
+    (tmp_dir / MANIFEST).write_text(json.dumps({str(file.relative_to(tmp_dir)): file_size(file) for file in files}, indent=1))
     for path in (*tmp_dir.rglob("*"), tmp_dir):
-        flush(path)
+        sync_to_disk(path)
     shutil.rmtree(final, ignore_errors=True)   # only ever one that a resume passed over
     tmp_dir.rename(final)
     replace_text(final.parent / "latest", final.name)
@@ -62,7 +62,7 @@ def commit(tmp_dir: Path, final: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether every listed file is there as it was written."""
     try:
-        return all(fingerprint(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
+        return all(file_size(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -105,7 +105,7 @@ def reason(error: BaseException) -> str:
 
 
 
-def rewind_logs(cfg: Config, newest: Path, out: Path) -> None:
+def rewind_logs(cfg, newest: Path, out: Path) -> None:
     """Leave the run folder as it was right after this checkpoint: steps that were logged later will be made again."""
     for torn in out.glob("partial_*"):
         shutil.rmtree(torn)

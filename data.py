@@ -117,7 +117,7 @@ def label_of(row: dict, by_file: bool | None, benchmark: Benchmark = BENCHMARKS[
 
 
 @dataclass(frozen=True)
-class Labelled:
+class PromptFile:
     """A file of prompts: (text, harmful) without duplicates and rows that have no text, how it was read in a line, and what it is."""
     rows: list[tuple[str, bool]]
     summary: str
@@ -133,7 +133,7 @@ def label_by_name(path: str) -> tuple[str, bool | None]:
 
 
 
-def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelled:
+def read_prompts(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> PromptFile:
     """Read prompts by the columns that the file has. `harmful=FILE` or `benign=FILE` labels all rows that no column labels."""
     file, by_file = label_by_name(path)
     found: dict[str, bool] = {}
@@ -161,6 +161,6 @@ def read_labelled(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> Labelle
     if not found:
         stop(f"{file}: holds no prompts; give a file with at least one.")
     harmful, names = sum(found.values()), " and ".join(sorted(names))
-    return Labelled(list(found.items()), f"{file}, {names}: {harmful} harmful and {len(found) - harmful} benign prompts from column "
+    return PromptFile(list(found.items()), f"{file}, {names}: {harmful} harmful and {len(found) - harmful} benign prompts from column "
                                          f"{', '.join(sorted(used))}, {n_rows - len(found)} duplicates dropped", names)
 

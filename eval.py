@@ -35,10 +35,10 @@ from tqdm import tqdm
 import toy
 from arena import *
 from arena import ANSWER, ATTACK, CHUNK, DEVICE, PRECISION
-from data import ATTACK_COLUMNS, Labelled, read_labelled, read_rows
+from data import ATTACK_COLUMNS, PromptFile, read_prompts, read_rows
 from judge import Exchange, Judge, Verdict
 from kernels.linear import keep_memory
-from model import Transformer, find, load, open_tokenizer, stop, stop_ids, weight_files
+from model import Transformer, find_checkpoint, load, open_tokenizer, stop, stop_ids, weight_files
 from sample import sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Prompts, Reply, Seed, ChatFormat, Turn, payoffs, game_record
 
@@ -108,7 +108,7 @@ def bench_prompts(subject: EvalModel, judge_name: str, judge: Judge, rows: list[
     A line per prompt: the answer and the verdict. With a `file`, lines are appended to it as they come, and those that it holds already,
     of the same weights, judge and length, are neither asked nor judged again.
     """
-    head = {"model": subject.name, "weights": fingerprint(subject.name), "judge": judge_name, "longest": longest}
+    head = {"model": subject.name, "weights": weights_hash(subject.name), "judge": judge_name, "longest": longest}
     done = {(line["prompt"], line["harmful"]): line for line in (read_transcripts(file) if file else []) if head.items() <= line.items()}
     missing = [row for row in rows if row not in done]
     for begin in range(0, len(missing), CHUNK):
@@ -156,7 +156,7 @@ def spread_out(rows: list, limit: int) -> list:
     return [rows[i * len(rows) // limit] for i in range(limit)] if 0 < limit < len(rows) else rows
 
 
-def by_benchmark(files: list[Labelled], limit: int) -> dict[str, list[tuple[str, bool]]]:
+def by_benchmark(files: list[PromptFile], limit: int) -> dict[str, list[tuple[str, bool]]]:
     """The rows of the files; files of one benchmark together, so that its harmful and its benign prompts stand in one table."""
     grouped: dict[str, dict] = {}
     for file in files:
@@ -170,17 +170,17 @@ def main_bench(args: Namespace) -> None:
         stop("eval.py bench: --judge and --prompts go together: a judge for real models and the files of prompts to ask them.")
     found: dict[str, dict] = {model: {} for model in args.models}
     if not args.prompts:
-        exams = {model: bench(open_subject(model)) for model in args.models}
+        exams = {model: bench(open_eval_model(model)) for model in args.models}
         results = {model: result for model, (result, _) in exams.items()}
         print(bench_tables("held-out pairs", TOY_ROWS, results, {model: answers for model, (_, answers) in exams.items()}))
         found = {model: {"toy": result} for model, result in results.items()}
     else:
-        files = [read_labelled(path, ATTACK_COLUMNS) for path in args.prompts]
+        files = [read_prompts(path, ATTACK_COLUMNS) for path in args.prompts]
         Path(args.transcripts).parent.mkdir(parents=True, exist_ok=True)
         print("\n".join(file.summary for file in files), end="\n\n", flush=True)
         judge, groups, lines = open_judge_on_device(args.judge), by_benchmark(files, args.limit), {}
         for model in args.models:
-            subject = open_subject(model, ENGLISH)
+            subject = open_eval_model(model, ENGLISH)
             for name, rows in groups.items():
                 lines[model, name] = bench_prompts(subject, args.judge, judge, rows, args.max_new_tokens, args.transcripts)
         trained = {model: f"{model} (trained with {config['judge']})" if (config := run_config(model)) else model for model in args.models}
@@ -207,7 +207,7 @@ def main_crossplay(args: Namespace) -> None:
     """The matrices, their equilibrium, and the files that hold them."""
     matchup, *_ = matchups([need_config(name) for name in args.models][0], args.n, args.prompts)
     names = [short(name) for name in args.models]
-    cells = cross([partial(open_subject, name, matchup.prompts) for name in args.models], matchup)
+    cells = cross([partial(open_eval_model, name, matchup.prompts) for name in args.models], matchup)
     found = {"kind": "crossplay", "names": names, "seeds": matchup.name, "cells": cells, "nash": (game := equilibrium(cells))}
     for key, title in (("payoff", "what the attacker (row) earns"), ("asr", "attack success (down)")):
         rows = [[name, *(interval(cell[key]) for cell in row)] for name, row in zip(names, cells)]
@@ -337,8 +337,8 @@ def attacked(name: str, n: int, seed: int, files: list[str]) -> list[dict]:
     """Games of a run's attacker on n harmful requests, against the run's start, which defends alike for all runs that began with it."""
     matchup = matchups(config := need_config(name), 2 * n, files)[0]
     harmful = replace(matchup, seeds=[s for s in matchup.seeds if s.harmful][:n])
-    attacks = attacks_of(open_subject(name, matchup.prompts), harmful, seed)
-    start = open_subject(start_of(name), matchup.prompts)
+    attacks = attacks_of(open_eval_model(name, matchup.prompts), harmful, seed)
+    start = open_eval_model(start_of(name), matchup.prompts)
     return [game_record(game, config["steps"]) for game in games_of(start, harmful, attacks, seed)]
 
 
@@ -397,8 +397,8 @@ def main_report(args: Namespace) -> None:
     known: dict[str, dict] = {}   # runs of one seed share their start, which is examined once
 
     def examined(name: str) -> dict:
-        if (weights := fingerprint(name)) not in known:
-            known[weights] = bench(open_subject(name))[0] | diversity(attacked(name, args.n, 0, []), args.embedder)
+        if (weights := weights_hash(name)) not in known:
+            known[weights] = bench(open_eval_model(name))[0] | diversity(attacked(name, args.n, 0, []), args.embedder)
         return known[weights]
     for run in args.models:
         config = need_config(run)

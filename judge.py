@@ -25,7 +25,7 @@ import torch
 
 from data import label_of, read_rows
 from model import Transformer, load, open_tokenizer, stop, stop_ids
-from sample import PLACEHOLDER, Sample, clean, fill, sample
+from sample import PLACEHOLDER, Sample, clean_text, fill_template, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,11 +149,11 @@ class ParsedReply:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def read_reply(text: str, lines: tuple[Field, ...]) -> ParsedReply:
+def parse_judge_reply(text: str, lines: tuple[Field, ...]) -> ParsedReply:
     """
     Read a judge's reply, or the beginning of one, as far as it is decided.
 
-    >>> read_reply("Harmful request: yes\\nRes", FORMATS["wildguard"][0].lines).state
+    >>> parse_judge_reply("Harmful request: yes\\nRes", FORMATS["wildguard"][0].lines).state
     'open'
     """
     answers, spans, at = {}, {}, 0
@@ -198,16 +198,16 @@ class JudgeModel:
     instruction that all prompts begin with is run once (sample.prefill).
     """
 
-    def __init__(self, inquiries: tuple[JudgePrompt, ...], model: Transformer, tokenizer: PreTrainedTokenizerBase):
-        self.inquiries, self.model, self.tokenizer = inquiries, model, tokenizer
+    def __init__(self, judge_prompts: tuple[JudgePrompt, ...], model: Transformer, tokenizer: PreTrainedTokenizerBase):
+        self.judge_prompts, self.model, self.tokenizer = judge_prompts, model, tokenizer
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def prompts(self, inquiry: JudgePrompt, exchanges: list[Exchange]) -> list[list[int]]:
+    def prompt_ids(self, inquiry: JudgePrompt, exchanges: list[Exchange]) -> list[list[int]]:
         template = inquiry.template(self.tokenizer)
         marks = openings(template)
-        return [fill(self.tokenizer, template, [quoted(clean(getattr(exchange, text)), marks) for text in inquiry.texts])
+        return [fill_template(self.tokenizer, template, [quoted(clean_text(getattr(exchange, text)), marks) for text in inquiry.texts])
                 for exchange in exchanges]
 
     def probability(self, reply: Sample, reading: ParsedReply, question: str) -> float:
@@ -219,11 +219,11 @@ class JudgeModel:
 
     def ask(self, inquiry: JudgePrompt, exchanges: list[Exchange]) -> list[tuple[ParsedReply, Sample]]:
         """One reply to each exchange, and how it reads."""
-        prompts = self.prompts(inquiry, exchanges)
-        decided = lambda ids: read_reply(self.text(ids), inquiry.lines).state != "open"
+        prompts = self.prompt_ids(inquiry, exchanges)
+        decided = lambda ids: parse_judge_reply(self.text(ids), inquiry.lines).state != "open"
         replies = sample(self.model, prompts, torch.zeros(len(prompts), LONGEST), stop_ids(self.model, self.tokenizer), temperature=0.0,
                          done=decided)
-        return [(read_reply(self.text(reply.ids), inquiry.lines), reply) for reply in replies]
+        return [(parse_judge_reply(self.text(reply.ids), inquiry.lines), reply) for reply in replies]
 
     def verdict(self, replies: tuple[tuple[ParsedReply, Sample], ...]) -> Verdict:
         if any(reading.state != "decided" for reading, _ in replies):
@@ -234,7 +234,7 @@ class JudgeModel:
         return Verdict(**answers, harm_probability=chances[0] if chances else None)
 
     def __call__(self, exchanges: list[Exchange]) -> list[Verdict]:
-        return [self.verdict(replies) for replies in zip(*(self.ask(inquiry, exchanges) for inquiry in self.inquiries))]
+        return [self.verdict(replies) for replies in zip(*(self.ask(inquiry, exchanges) for inquiry in self.judge_prompts))]
 
 
 # ---------------------------------------------------------------- opening a judge

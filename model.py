@@ -401,7 +401,7 @@ def new_model(config: PreTrainedConfig, seed: int) -> Transformer:
     return model
 
 
-def find(name: str) -> Path:
+def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder, or a hub name; anything else is refused."""
     folder = Path(name)
     if (folder / "latest").is_file():
@@ -432,7 +432,7 @@ def weight_files(folder: Path) -> list[Path]:
 def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Open a checkpoint: safetensors only, one file or many, every weight accounted for."""
     from transformers import AutoConfig, GenerationConfig
-    folder = find(name)
+    folder = find_checkpoint(name)
     try:
         with torch.device("meta"):
             model = Transformer(AutoConfig.from_pretrained(folder), name)
@@ -454,7 +454,7 @@ def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
     message, rendered = "How are you?", ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find(name))
+        tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
         if chat and tokenizer.chat_template:
             rendered = tokenizer.apply_chat_template([{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True)
     except Exception as error:   # of a damaged file; the tokenizers library has no narrower class

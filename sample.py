@@ -1,7 +1,7 @@
 """
 How text is drawn, fast, and with what probability.
 
-    prompts -> fill empty rows of the cache -> [ logits_BV -> log_policy -> draw one token per row -> one step ] until all have stopped
+    prompts -> fill_template empty rows of the cache -> [ logits_BV -> log_policy -> draw one token per row -> one step ] until all have stopped
 
 The log-probability of a token is recorded under exactly the distribution that it was drawn from. Chance enters as an argument: one
 uniform number per token, a function of (seed, step, game, turn). Whoever samples a game, in whatever batch, draws the same text.
@@ -48,20 +48,20 @@ PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes w
 
 # ---------------------------------------------------------------- text to tokens
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Text that can be encoded: tmp_dir of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=8)
-def markup(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Every added token but the unknown one, with its id: spellings that are not read as text."""
     return {word: i for word, i in tokenizer.get_added_vocab().items() if i != tokenizer.unk_token_id}
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that somebody else wrote: what spells markup is cut after its first character, and stays plain text."""
-    marks, text = markup(tokenizer), clean(text)
+    """Tokens of a text that somebody else wrote: what spells added_tokens is cut after its first character, and stays plain text."""
+    marks, text = added_tokens(tokenizer), clean_text(text)
     spelled = re.compile("|".join(f"(?={re.escape(word)})" for word in marks) or "$^")
     cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
     pieces = [text[begin:end] for begin, end in pairwise(cuts) if begin < end]
@@ -72,18 +72,18 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @lru_cache(maxsize=64)
 def template_part_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """What stands before, between and after the texts of a template: our own words and the template's, where markup is markup."""
+    """What stands before, between and after the texts of a template: our own words and the template's, where added_tokens is added_tokens."""
     return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACEHOLDER)]
 
 
-def fill(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
+def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
     Token ids of a template with a text in the place of each PLACEHOLDER. It is tokenised as a whole, as models are trained to see it. Where that
-    yields other markup than the template has by itself, a text has spelled some: then every part is tokenised alone, texts as plain text.
+    yields other added_tokens than the template has by itself, a text has spelled some: then every part is tokenised alone, texts as plain text.
     """
     parts, unfuse = template.split(PLACEHOLDER), template_part_ids(tokenizer, template)
-    whole = tokenizer(parts[0] + "".join(clean(t) + p for t, p in zip(texts, parts[1:], strict=True)), add_special_tokens=False).input_ids
-    marks = set(markup(tokenizer).values())
+    whole = tokenizer(parts[0] + "".join(clean_text(t) + p for t, p in zip(texts, parts[1:], strict=True)), add_special_tokens=False).input_ids
+    marks = set(added_tokens(tokenizer).values())
     if [i for i in whole if i in marks] == [i for part in unfuse for i in part if i in marks]:
         return whole
     return unfuse[0] + [i for text, part in zip(texts, unfuse[1:]) for i in plain_ids(tokenizer, text) + part]
@@ -98,8 +98,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, prefill: str = "") -> list[int]:
-    """A prompt's token ids. `instruction` is ours and contains {text}; `text` is somebody's and never becomes markup."""
-    return fill(tokenizer, chat_template(tokenizer, instruction, prefill), [text])
+    """A prompt's token ids. `instruction` is ours and contains {text}; `text` is somebody's and never becomes added_tokens."""
+    return fill_template(tokenizer, chat_template(tokenizer, instruction, prefill), [text])
 
 
 # ---------------------------------------------------------------- tokens to tokens

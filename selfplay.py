@@ -62,17 +62,17 @@ class ChatFormat:
     prompts: Prompts
     cot: bool
 
-    def ask(self, instruction: str, text: str) -> list[int]:
+    def prompt_ids(self, instruction: str, text: str) -> list[int]:
         """Token ids of a whole prompt, up to where the player's own words begin."""
         return chat_ids(self.tokenizer, instruction + self.prompts.layout * self.cot, text, PREFILL * self.cot)
 
     def attacker_prompt(self, seed: Seed) -> list[int]:
-        return self.ask(self.prompts.attack_harmful if seed.harmful else self.prompts.attack_benign, seed.text)
+        return self.prompt_ids(self.prompts.attack_harmful if seed.harmful else self.prompts.attack_benign, seed.text)
 
     def defender_prompt(self, asked: str) -> list[int]:
-        return self.ask(self.prompts.defend, asked)
+        return self.prompt_ids(self.prompts.defend, asked)
 
-    def read(self, sample: Sample) -> Reply:
+    def parse(self, sample: Sample) -> Reply:
         return parse_reply(self.tokenizer.decode(sample.ids, skip_special_tokens=True), self.cot)
 
 
@@ -172,7 +172,7 @@ Player = Callable[[list[list[int]], list[int]], list[Sample]]   # (a prompt per 
 def turns(role: str, chat: ChatFormat, player: Player, prompts: list[list[int]], numbers: list[int]) -> list[Turn]:
     """Ask a player everything at once."""
     replies = player(prompts, numbers) if prompts else []
-    return [Turn(role, prompt, r.ids, r.logprobs, chat.read(r)) for prompt, r in zip(prompts, replies)]
+    return [Turn(role, prompt, r.ids, r.logprobs, chat.parse(r)) for prompt, r in zip(prompts, replies)]
 
 
 def play(seeds: list[Seed], numbers: list[int], chat: ChatFormat, attacker: Player, defender: Player, judge: Judge) -> list[Game]:

@@ -38,9 +38,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (STOPPING, catch_signals, checkpoints, commit, flush, is_complete, newest_complete, prune, reason, replace_text,
+from checkpoint import (STOPPING, catch_signals, checkpoints, commit, sync_to_disk, is_complete, newest_complete, prune, reason, replace_text,
                         rewind_logs, state_by_name)
-from data import ATTACK_COLUMNS, read_labelled, read_rows
+from data import ATTACK_COLUMNS, read_prompts, read_rows
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.linear import keep_memory
 from kernels.logprob import head_bytes
@@ -206,9 +206,9 @@ def seed_pools(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     the place of those that would have been.
     """
     import toy
-    files = [read_labelled(path) for path in cfg.seeds]
+    files = [read_prompts(path) for path in cfg.seeds]
     labelled = [row for file in files for row in file.rows] or toy.seeds()
-    attacks = [read_labelled(path, ATTACK_COLUMNS) for path in [cfg.attacks] if path]
+    attacks = [read_prompts(path, ATTACK_COLUMNS) for path in [cfg.attacks] if path]
     recorded = [row for file in attacks for row in file.rows]
     pools = []
     for harmful in (True, False):
@@ -660,7 +660,7 @@ def write_logs(out: Path, metrics: dict, games: list[Game], step: int) -> None:
     for name, lines in (("metrics.jsonl", [finite]), ("games.jsonl", [game_record(game, step) for game in games])):
         with open(out / name, "a") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        flush(out / name)
+        sync_to_disk(out / name)
 
 
 def keep_batch(out: Path, step: int, n: int, experiences: list[Experience], old: list[np.ndarray], advantage: list[np.ndarray]) -> None:

@@ -95,7 +95,7 @@ def tiles(dtype: torch.dtype) -> dict[str, int]:
 def statistics(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """lse_N, the target's logit target_N, and entropy_N; the splits of the vocabulary are put together in fp32."""
     (N, D), V, tile = hidden_ND.shape, len(weight_VD), tiles(hidden_ND.dtype)
-    # enough programs to fill the chip where there are few rows, and words in whole tiles
+    # enough programs to fill_template the chip where there are few rows, and words in whole tiles
     splits = max(1, min(triton.cdiv(V, tile["BLOCK_V"]), triton.cdiv(1024, max(1, triton.cdiv(N, tile["BLOCK_N"])))))
     columns = triton.cdiv(triton.cdiv(V, splits), tile["BLOCK_V"]) * tile["BLOCK_V"]
     splits = triton.cdiv(V, columns)

@@ -368,7 +368,7 @@ def bench_decode(name: str, pair: Pair, dtype: torch.dtype) -> list[Row]:
     """Steps alone, with the prompts in the cache: on a GPU, replays of the game_record."""
     rows = pair.work.rows
     seats = Seats(pair.ours, pair.prompts, rows, uniforms(0, 0, range(rows), 0, 400), [], 1.0)
-    seats.fill()
+    seats.fill_template()
     for _ in range(2):
         seats.advance()   # the first is taken as it is and recorded
 

@@ -113,7 +113,7 @@ def stand_in():
     model = new_model(config, seed=0)
     asked = JudgeModel(FORMATS["wildguard"], model, tokenizer)
     rng, optimizer = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), lr=4e-3)
-    prompts = asked.prompts(FORMATS["wildguard"][0], EXCHANGES)
+    prompts = asked.prompt_ids(FORMATS["wildguard"][0], EXCHANGES)
     for _ in range(60):
         rows = rng.integers(48, size=12)
         ids_BT, mask_BT = pack([prompts[i] for i in rows], [plain_ids(tokenizer, REPLIES[i % 18]) + [tokenizer.eos_token_id] for i in rows])

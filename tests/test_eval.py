@@ -14,7 +14,7 @@ import toy
 from conftest import measured, tiny_sentence_model
 from eval import (ENGLISH, Matchup, EvalModel, average, bench, bench_prompts, bench_tables, bootstrap, by_benchmark, cross, difference, distinct, diversity, embed, entropy, equilibrium, games_of, judged,
                   nash, outcome, rate, rates, requests, self_bleu, sentence_bleu, embedding_diversity, wilson)
-from judge import Labelled, Verdict, keywords
+from judge import PromptFile, Verdict, keywords
 from model import save
 from selfplay import Reply, Seed, ChatFormat
 
@@ -196,7 +196,7 @@ ROWS = [(f"prompt {i}", i % 3 > 0) for i in range(150)]
 
 
 def test_an_interrupted_benchmark_asks_and_judges_nothing_twice(english, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval, "fingerprint", lambda name: "w")
+    monkeypatch.setattr(eval, "weights_hash", lambda name: "w")
     calls, file = [], str(tmp_path / "t.jsonl")
 
     def interrupted(exchanges):
@@ -232,7 +232,7 @@ def test_models_stand_side_by_side_with_their_difference_on_the_same_prompts():
 
 
 def test_files_of_one_benchmark_share_a_table_and_a_limit_takes_from_all_of_each():
-    files = [Labelled([(f"h{i}", True) for i in range(10)], "", "X"), Labelled([(f"b{i}", False) for i in range(4)], "", "X"), Labelled([("z", True)], "", "Y")]
+    files = [PromptFile([(f"h{i}", True) for i in range(10)], "", "X"), PromptFile([(f"b{i}", False) for i in range(4)], "", "X"), PromptFile([("z", True)], "", "Y")]
     assert by_benchmark(files, 2) == {"X": [("h0", True), ("h5", True), ("b0", False), ("b2", False)], "Y": [("z", True)]}
 
 
@@ -319,12 +319,12 @@ def test_a_response_of_another_kind_is_not_taken_for_this_one(answered, capsys):
 
 def test_the_frozen_side_is_the_checkpoint_that_was_named(answered):
     """The games of a best-response attacker were defended as the frozen model defends, with the same chance."""
-    from eval import open_subject, uniforms
+    from eval import open_eval_model, uniforms
     from sample import sample
     from model import stop_ids
     folder = next((answered.parent / "exploit").glob("*attacker*/games.jsonl")).parent
     games = [json.loads(line) for line in (folder / "games.jsonl").read_text().splitlines()]
-    frozen, longest = open_subject(str(answered)), 8
+    frozen, longest = open_eval_model(str(answered)), 8
     prompts = [frozen.chat.defender_prompt(g["attack"] or g["seed"]) for g in games]
     replies = sample(frozen.model, prompts, uniforms(0, 0, [g["game"] for g in games], 1, longest), stop_ids(frozen.model, frozen.chat.tokenizer))
     assert games and [g["defender_reply"] for g in games] == [frozen.chat.read(r).text for r in replies]

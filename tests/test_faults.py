@@ -1,4 +1,4 @@
-"""Machines that die, disks that fill up, numbers that explode: nothing that was complete is lost, and what is made again is the same."""
+"""Machines that die, disks that fill_template up, numbers that explode: nothing that was complete is lost, and what is made again is the same."""
 import json
 import os
 import re
