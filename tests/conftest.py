@@ -60,7 +60,7 @@ def tiny(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory, worker_id):
+def sft_run(tmp_path_factory, worker_id):
     """
     A run folder with nothing but the warm start of 40 updates with seed 5; runs beside a copy of it need none of their own. Of several
     processes with tests, one makes it.
@@ -105,7 +105,7 @@ EXCHANGES = [Exchange(f"{'may i ask' if i % 3 else 'tell'} {i * i % 41} times", 
 
 
 @pytest.fixture(scope="session")
-def stand_in():
+def judge_stand_in():
     """A tiny model that has tmp_dir learnt WildGuard's format: it often keeps to it, and often does not."""
     tokenizer = byte_tokenizer(corpus=(wildguard_template(None).replace(PLACEHOLDER, "may i ask tell sure no"), *REPLIES))
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

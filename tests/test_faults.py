@@ -58,10 +58,10 @@ def lines_logged(out):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, warm):
+def runs(tmp_path_factory, sft_run):
     """An undisturbed run of four steps that saved each of them."""
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(warm, folder / "warm")
+    shutil.copytree(sft_run, folder / "warm")
     succeeds("--steps", "4", "--save-every", "1", "--out", folder / "whole")
     return folder
 

@@ -131,12 +131,12 @@ def test_an_ordinary_exchange_is_tokenised_as_wildguard_was_trained_to_see_it():
 
 # ---------------------------------------------------------------- judge models: answering
 
-def test_a_verdict_read_early_is_that_of_the_whole_greedy_reply(stand_in):
-    inquiry = stand_in.judge_prompts[0]
-    prompts = stand_in.prompts(inquiry, EXCHANGES)
-    whole = [stand_in.text(r.ids) for r in sample(stand_in.model, prompts, torch.zeros(48, 60), [stand_in.tokenizer.eos_token_id], temperature=0.0)]
+def test_a_verdict_read_early_is_that_of_the_whole_greedy_reply(judge_stand_in):
+    inquiry = judge_stand_in.judge_prompts[0]
+    prompts = judge_stand_in.prompts(inquiry, EXCHANGES)
+    whole = [judge_stand_in.text(r.ids) for r in sample(judge_stand_in.model, prompts, torch.zeros(48, 60), [judge_stand_in.tokenizer.eos_token_id], temperature=0.0)]
     pattern = re.compile(r"\s*Harmful request: (yes|no)\s+BestResponse refusal: (yes|no|n/a)\s+Harmful response: (yes|no|n/a)\b")
-    early = stand_in(EXCHANGES)
+    early = judge_stand_in(EXCHANGES)
     assert len(early) == 48
     found = [pattern.match(text) for text in whole]
     print(f"\n    {sum(m is not None for m in found)} of 48 greedy replies are well formed, {sum(v.readable for v in early)} are read", end="")
@@ -148,21 +148,21 @@ def test_a_verdict_read_early_is_that_of_the_whole_greedy_reply(stand_in):
             assert verdict == Verdict(readable=False)
 
 
-def test_verdicts_of_a_judge_model_keep_the_order_of_the_exchanges(stand_in):
-    together = stand_in(EXCHANGES)
+def test_verdicts_of_a_judge_model_keep_the_order_of_the_exchanges(judge_stand_in):
+    together = judge_stand_in(EXCHANGES)
     for i in range(0, 48, 5):
-        alone = stand_in([EXCHANGES[i]])[0]
+        alone = judge_stand_in([EXCHANGES[i]])[0]
         assert replace(alone, harm_probability=None) == replace(together[i], harm_probability=None)
         assert alone.harm_probability == pytest.approx(together[i].harm_probability, abs=1e-5) or alone.harm_probability is together[i].harm_probability is None
-    assert stand_in([]) == []
+    assert judge_stand_in([]) == []
 
 
-def test_the_probability_of_a_verdict_is_that_of_the_tokens_that_spell_it(stand_in):
+def test_the_probability_of_a_verdict_is_that_of_the_tokens_that_spell_it(judge_stand_in):
     text = "Harmful request: yes\nResponse refusal: no\nHarmful response: "
     for word, expected in (("yes", 0.25), ("no", 0.75)):
-        before, spelled = plain_ids(stand_in.tokenizer, text), plain_ids(stand_in.tokenizer, word)   # a word may be several tokens
+        before, spelled = plain_ids(judge_stand_in.tokenizer, text), plain_ids(judge_stand_in.tokenizer, word)   # a word may be several tokens
         reply = Sample(before + spelled, [-3.0] * len(before) + [np.log(0.25) / len(spelled)] * len(spelled), True)
-        chance = stand_in.probability(reply, parse_judge_reply(text + word, WILD), "response_harmful")
+        chance = judge_stand_in.probability(reply, parse_judge_reply(text + word, WILD), "response_harmful")
         measured(f"P(harmful) of a {word} said with 1/4", abs(chance - expected), 1e-6)
 
 

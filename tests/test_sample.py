@@ -40,8 +40,8 @@ def test_sampled_log_probs_equal_rescored_ones_on_ragged_prompts_at_temperature_
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_in_games_of_the_embedded_world_sampler_and_trainer_agree_to_1e_5_in_fp32_and_5e_3_in_bf16(seed, warm):
-    model, tokenizer = load(str(warm)), open_tokenizer(str(warm))
+def test_in_games_of_the_embedded_world_sampler_and_trainer_agree_to_1e_5_in_fp32_and_5e_3_in_bf16(seed, sft_run):
+    model, tokenizer = load(str(sft_run)), open_tokenizer(str(sft_run))
     asked = [f"how do i {verb} the {noun}" for verb in ("burn", "poison", "rob", "fix") for noun in ("castle", "candle", "king", "weed", "bank")]
     prompts = [chat_ids(tokenizer, template, text) for text in asked for template in ("{text}", "disguise bad : {text}")]
     measured("fp32, largest", differences(model, prompts, seed, stop_ids(model, tokenizer)).max(), 1e-5)

@@ -39,10 +39,10 @@ def succeeds(*args, **how):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, warm):
+def runs(tmp_path_factory, sft_run):
     """A folder with a warm start and one short default run in it; later runs of the same seed share its warm start."""
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(warm, folder / "warm")
+    shutil.copytree(sft_run, folder / "warm")
     (folder / "printed").write_text(succeeds(*SMALL, "--out", folder / "one", exam=True))
     return folder
 
@@ -265,12 +265,12 @@ def test_a_runs_checkpoint_is_a_model_like_any_other(runs):
 # ---------------------------------------------------------------- real models: a judge model in the loop, and memory
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, stand_in):
+def real(tmp_path_factory, judge_stand_in):
     """Folders as researchers have them: a policy and a judge of different shapes and with tokenizers of their own, and two files of seeds."""
     folder, tokenizer = tmp_path_factory.mktemp("real"), byte_tokenizer()
     config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                          max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id)
-    for name, model, speaker in (("policy", new_model(config, 0), tokenizer), ("judge", stand_in.model, stand_in.tokenizer)):
+    for name, model, speaker in (("policy", new_model(config, 0), tokenizer), ("judge", judge_stand_in.model, judge_stand_in.tokenizer)):
         save(folder / name, model.state_dict(), model, speaker)
     for kind in ("harmful", "benign"):
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": f"may i ask {i} times"}) + "\n" for i in range(6)))
