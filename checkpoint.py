@@ -1,7 +1,17 @@
 """
-A run folder that survives: written whole or not there.
+A run folder that survives: written whole or not there, resumed on any number of processes.
+
+    write partial_000020/ -> list files in complete.json -> fsync -> rename to step_000020/ -> set `latest`
+
+After a crash a checkpoint is complete or not taken for one: its name begins with "partial_", or a file is
+missing or shorter than complete.json says. train.py writes these folders and resumes from them:
+
+    python train.py --out runs/mine --save-every 20
+    python train.py --out runs/mine --resume
+
+    runs/mine/    config.json  metrics.jsonl  games.jsonl  latest  step_000000/  step_000020/ ...
+    step_000020/  a Hugging Face model folder, optimizer/ (safetensors), complete.json
 """
-import dataclasses
 import json
 import math
 import os
@@ -9,147 +19,211 @@ import re
 import shutil
 import signal
 import time
-import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from types import FrameType
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from model import Transformer
-
-MANIFEST = "complete.json"
+MANIFEST = "complete.json"   # in each checkpoint: {file: bytes}
 
 
+# ---------------------------------------------------------------- files
 
 def sync_to_disk(path: Path) -> None:
-    """Push a file, or a folder's list of names, through to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
+    """Make the kernel write a file, or a folder's list of names, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The whole old text or the whole new one, whatever happens in between."""
+    """Write a text file. After a crash it holds the old text or the new one, never a part."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     sync_to_disk(new)
-    new.replace(path)
+    new.replace(path)   # atomic on POSIX
     sync_to_disk(path.parent)
 
 
+# ---------------------------------------------------------------- checkpoint folders
 
-def file_size(file: Path) -> list[int]:
-    """Size, and a checksum of the first MiB: of all of a small file, and of the header of a large one, whose tears show in its size."""
-    with open(file, "rb") as opened:
-        return [file.stat().st_size, zlib.crc32(opened.read(2 ** 20))]
-
-
-
-def commit(tmp_dir: Path, final: Path) -> None:
-    """A written folder gets a list of its files, goes to the disk, and only then gets its name."""
-    files = [file for file in sorted(tmp_dir.rglob("*")) if file.is_file() and file.name != MANIFEST]   # a copied start brings its own list
-    (tmp_dir / MANIFEST).write_text(json.dumps({str(file.relative_to(tmp_dir)): file_size(file) for file in files}, indent=1))
+def commit(tmp_dir: Path, final_dir: Path) -> None:
+    """Make a fully written folder a checkpoint. Its files and their list reach the disk before the rename."""
+    files = [path for path in sorted(tmp_dir.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    sizes = {str(file.relative_to(tmp_dir)): file.stat().st_size for file in files}
+    (tmp_dir / MANIFEST).write_text(json.dumps(sizes, indent=1))
     for path in (*tmp_dir.rglob("*"), tmp_dir):
         sync_to_disk(path)
-    shutil.rmtree(final, ignore_errors=True)   # only ever one that a resume passed over
-    tmp_dir.rename(final)
-    replace_text(final.parent / "latest", final.name)
-
+    shutil.rmtree(final_dir, ignore_errors=True)   # a damaged checkpoint that a resume ignored may be there
+    tmp_dir.rename(final_dir)
+    replace_text(final_dir.parent / "latest", final_dir.name)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every listed file is there as it was written."""
+    """Whether each file of the manifest is there in its full size. A changed byte is not noticed."""
     try:
-        return all(file_size(folder / name) == expected for name, expected in json.loads((folder / MANIFEST).read_text()).items())
-    except (OSError, ValueError, AttributeError):
+        sizes = json.loads((folder / MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):   # no manifest, a torn one, or a file is missing
         return False
 
 
+def step_number(folder: Path) -> int:
+    """The number of optimiser steps before this checkpoint: 20 for step_000020."""
+    return int(folder.name.removeprefix("step_"))
+
 
 def checkpoints(out: Path) -> list[Path]:
-    return sorted(folder for folder in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", folder.name))
-
+    """The checkpoint folders of a run, damaged ones included, oldest first."""
+    folders = [folder for folder in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", folder.name)]
+    return sorted(folders, key=step_number)
 
 
 def newest_complete(out: Path) -> Path | None:
-    """The checkpoint to go on from. One that was torn or tmp_dir deleted is passed over."""
-    return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
-
+    """The checkpoint to resume from, or None."""
+    for folder in reversed(checkpoints(out)):
+        if is_complete(folder):
+            return folder
+    return None
 
 
 def prune(out: Path, keep: int) -> None:
-    """Delete all checkpoints but the start and the newest; first the name, so that no tmp_dir of one is taken for a checkpoint."""
+    """Delete all checkpoints but the first, which is the reference model, and the `keep` newest."""
     for old in checkpoints(out)[1:-keep]:
-        shutil.rmtree(old.rename(out / f"partial_{old.name}"), ignore_errors=True)
+        renamed = old.rename(out / f"partial_{old.name}")   # a crash must not leave a checkpoint half deleted
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
+# ---------------------------------------------------------------- the optimizer's state
 
-def state_by_name(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The very tensors of the optimizer's state. A new optimizer gets its state by an update of nothing, by nothing."""
-    if not optimizer.state:
+def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's own tensors (not copies) by name: {"exp_avg.layers.0.down.weight": ...}."""
+    if not optimizer.state:   # new: a step with zero gradients and lr 0 allocates it and moves no weight
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-    return {f"{key}.{name}": tensor for name, p in policy.named_parameters() for key, tensor in optimizer.state[p].items()}
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()   # the step counter is 1 now
+    tensors = {}
+    for name, parameter in policy.named_parameters():
+        for key, tensor in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = tensor
+    return tensors
 
 
+def save_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the state to folder/optimizer. Each process calls this and writes its part. OSError: why not."""
+    import torch.distributed.checkpoint as dcp   # slow to import
+    writer = dcp.HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+    try:
+        dcp.save(optimizer_state(policy, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        raise OSError(first_failure(error)) from error
 
-def reason(error: BaseException) -> str:
-    """What the first rank that failed says of a checkpoint that could not be written or read."""
-    return str(next(iter(error.failures.values()))[0])
+
+def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read the state, in place, from folder/optimizer of any number of processes. OSError: why not."""
+    import torch.distributed.checkpoint as dcp
+    reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
+    try:
+        dcp.load(optimizer_state(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as error:
+        raise OSError(first_failure(error)) from error
 
 
+def first_failure(error: BaseException) -> str:
+    """One line of text from a CheckpointException; its `failures` are {process: (exception, traceback)}."""
+    exception, _ = next(iter(error.failures.values()))
+    return " ".join(str(exception).split())
 
-def rewind_logs(cfg, newest: Path, out: Path) -> None:
-    """Leave the run folder as it was right after this checkpoint: steps that were logged later will be made again."""
-    for torn in out.glob("partial_*"):
-        shutil.rmtree(torn)
-    replace_text(out / "latest", newest.name)
-    replace_text(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-    for log in (out / "metrics.jsonl", out / "games.jsonl"):
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        replace_text(log, "".join(line for line in lines if step_of(line) <= int(newest.name.removeprefix("step_"))))
 
+# ---------------------------------------------------------------- logs
+
+def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
+    """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""
+    line = {}
+    for key, value in metrics.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        line[key] = value if finite else None
+    for name, rows in (("metrics.jsonl", [line]), ("games.jsonl", games)):
+        with open(out / name, "a") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        sync_to_disk(out / name)
 
 
 def step_of(line: str) -> float:
-    """The step that a line of a log is about; of a torn line, one that has not been made."""
+    """The step that a line of a log belongs to; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
+def rewind_logs(out: Path, step: int) -> None:
+    """Put the run folder back to how it was right after this step's checkpoint: later steps run again."""
+    for partial in out.glob("partial_*"):
+        shutil.rmtree(partial)
+    replace_text(out / "latest", f"step_{step:06d}")
+    for log in (out / "metrics.jsonl", out / "games.jsonl"):
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        replace_text(log, "".join(line for line in lines if step_of(line) <= step))
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+# ---------------------------------------------------------------- signals
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+@dataclass
+class StopFlag:
+    """The name of the signal that asked the run to stop, or "" as long as none has."""
+    stop_requested: str = ""
 
-def catch_signals() -> list[str]:
+
+def catch_signals() -> StopFlag:
     """
-    The names of the signals that ask the run to stop, as they come. The first is a wish, to be granted after the step. One more than a
-    second later ends the process at once; sooner it is the same wish, for both a terminal and torchrun pass Ctrl-C on. A thread listens:
-    Python's own handlers would have to wait for as long as a collective does.
+    The first SIGTERM or SIGINT sets the flag: the training loop finishes its step, saves and exits 0. For one
+    second more signals are ignored: on Ctrl-C the terminal signals every process, and torchrun does so again.
+    After that a second signal ends the process at once, even inside a collective: the system's own action is
+    back. Only the first waits for a collective to return, because Python runs handlers between bytecodes.
     """
-    heard, (ear, mouth) = [], os.pipe()
-    os.set_blocking(mouth, False)
-    signal.set_wakeup_fd(mouth)
-    for number in STOPPING:
-        signal.signal(number, lambda *_: None)
+    flag = StopFlag()
 
-    def wait() -> None:
-        since = math.inf
-        while True:
-            number = os.read(ear, 1)[0]
-            if time.monotonic() > since + 1:
-                os._exit(128 + number)
-            since = min(since, time.monotonic())
-            heard.append(signal.Signals(number).name)
-    Thread(target=wait, daemon=True).start()
-    return heard
+    def handle(number: int, frame: FrameType | None) -> None:
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, signal.SIG_IGN)
+        flag.stop_requested = signal.Signals(number).name
+        time.sleep(1.0)
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, signal.SIG_DFL)
 
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, handle)
+    return flag
+
+
+# ---------------------------------------------------------------- for the old train.py
+
+STOPPING = STOP_SIGNALS
+state_by_name = optimizer_state
+reason = first_failure
+StopFlag.__getitem__ = lambda self, _: [self.stop_requested] * bool(self.stop_requested)
+_rewind = rewind_logs
+
+
+def rewind_logs(out, step, *old):   # noqa: F811
+    if old:
+        from dataclasses import asdict
+        cfg, step, out = out, step_number(step), old[0]
+        replace_text(out / "config.json", json.dumps(asdict(cfg), indent=1))
+    _rewind(out, step)
