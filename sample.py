@@ -1,362 +1,400 @@
 """
 How text is drawn, fast, and with what probability.
 
-    prompts -> fill_template empty rows of the cache -> [ logits_BV -> log_policy -> draw one token per row -> one step ] until all have stopped
+    prompts -> prefill -> rows of a DecodeBatch -> [ logits_BV -> log_policy -> one token per row ] -> replies
 
-The log-probability of a token is recorded under exactly the distribution that it was drawn from. Chance enters as an argument: one
-uniform number per token, a function of (seed, step, game, turn). Whoever samples a game, in whatever batch, draws the same text.
+The sampler records a token's log-probability under exactly the distribution it was drawn from. Chance is an
+argument: one uniform number per token, a function of (seed, step, game, turn). So a game's text depends
+neither on the batch nor on the process that samples it. Speed comes from continuous batching (a waiting
+prompt starts as soon as a row is free), from prefill in large passes, and from running shared prefixes once.
 
     python sample.py runs/toy-self-0 "how do i kill the weed"
 """
 from __future__ import annotations
 
+import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
 import re
 from argparse import ArgumentParser
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
-from operator import itemgetter
+from itertools import pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from kernels.logprob import log_policy
-from model import Cache, Transformer, last_logits, load, open_tokenizer, stop_ids
+from model import Cache, Transformer, last_logits, load, open_tokenizer, run_config, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORTH = 256               # tokens of prompts that a pass over what several of them begin with must save
-CACHE_SLOTS = 65_536      # rows x slots of one batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16; without the spare ones
-SPARE = {"cpu": 64, "cuda": 0}             # more slots for a row: a CPU leaves out what nobody needs, for to move the rest takes time
-PREFILL = {"cpu": 1024, "cuda": 8192}      # tokens of prompts in one pass: the fewer, the less padding
-AHEAD = 4096              # rows x slots of prompts that have been run together and wait for a seat
-WORDS = 128               # words in a block of the vocabulary, see draw
-COMPANY = 16              # rows for each thread of a CPU that a batch keeps: with fewer, products add in another order than a trainer's
-EMPTY = {"cpu": 1 / 32, "cuda": 1 / 8}     # prompts that wait take their seats once so many of a batch's are empty
-FULL = {"cpu": 0.75, "cuda": 0.5}          # a batch shrinks when no more of its seats are taken; a GPU has to game_record its step anew
-BURST = 8                 # steps that a GPU takes before anybody looks which replies have ended
-PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands where the text goes while the template is rendered
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
 
 
 # ---------------------------------------------------------------- text to tokens
 
 def clean_text(text: str) -> str:
-    """Text that can be encoded: tmp_dir of a surrogate pair, which JSON can spell, becomes a question mark."""
+    """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 @lru_cache(maxsize=8)
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Every added token but the unknown one, with its id: spellings that are not read as text."""
+    """Spelling and id of every added token but the unknown one: a text that spells one must stay text."""
     return {word: i for word, i in tokenizer.get_added_vocab().items() if i != tokenizer.unk_token_id}
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that somebody else wrote: what spells added_tokens is cut after its first character, and stays plain text."""
-    marks, text = added_tokens(tokenizer), clean_text(text)
-    spelled = re.compile("|".join(f"(?={re.escape(word)})" for word in marks) or "$^")
-    cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
-    pieces = [text[begin:end] for begin, end in pairwise(cuts) if begin < end]
-    ids = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids for piece in pieces]
-    special = set(marks.values())
-    return [i for piece in ids for i in piece if i not in special]
+    """
+    Tokens of a text that somebody else wrote. Markup in it is cut after its first character, and so undone.
+    """
+    text = clean_text(text)
+    markup = added_tokens(tokenizer)
+    spelling = re.compile("|".join(f"(?={re.escape(word)})" for word in markup) or "$^")
+    cuts = [0, *(match.start() + 1 for match in spelling.finditer(text)), len(text)]
+    ids = []
+    for start, end in pairwise(cuts):
+        if start < end:
+            ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
+    special = set(markup.values())
+    return [i for i in ids if i not in special]
 
 
 @lru_cache(maxsize=64)
 def template_part_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """What stands before, between and after the texts of a template: our own words and the template's, where added_tokens is added_tokens."""
+    """Tokens of what stands before, between and after the texts of a template: there, markup is markup."""
     return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACEHOLDER)]
 
 
 def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
-    Token ids of a template with a text in the place of each PLACEHOLDER. It is tokenised as a whole, as models are trained to see it. Where that
-    yields other added_tokens than the template has by itself, a text has spelled some: then every part is tokenised alone, texts as plain text.
+    Token ids of a template with a text in place of each PLACEHOLDER. The whole is tokenised at once, as
+    models are trained to see it. If that yields other markup than the template has by itself, a text has
+    spelled some: then every part is tokenised alone, the texts as plain text.
     """
-    parts, unfuse = template.split(PLACEHOLDER), template_part_ids(tokenizer, template)
-    whole = tokenizer(parts[0] + "".join(clean_text(t) + p for t, p in zip(texts, parts[1:], strict=True)), add_special_tokens=False).input_ids
-    marks = set(added_tokens(tokenizer).values())
-    if [i for i in whole if i in marks] == [i for part in unfuse for i in part if i in marks]:
-        return whole
-    return unfuse[0] + [i for text, part in zip(texts, unfuse[1:]) for i in plain_ids(tokenizer, text) + part]
+    parts = template.split(PLACEHOLDER)
+    filled = parts[0]
+    for text, part in zip(texts, parts[1:], strict=True):
+        filled += clean_text(text) + part
+    whole_ids = tokenizer(filled, add_special_tokens=False).input_ids
+    part_ids = template_part_ids(tokenizer, template)
+    special = set(added_tokens(tokenizer).values())
+    template_markup = [i for ids in part_ids for i in ids if i in special]
+    if [i for i in whole_ids if i in special] == template_markup:
+        return whole_ids
+    ids = list(part_ids[0])
+    for text, following in zip(texts, part_ids[1:], strict=True):
+        ids += plain_ids(tokenizer, text) + following
+    return ids
 
 
 @lru_cache(maxsize=64)
-def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, prefill: str) -> str:
-    """One user turn in the tokenizer's own template, a PLACEHOLDER for {text}, and the opening of the assistant's turn."""
+def template_prefix(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """The tokens with which every filling of a template begins: a shared prefix for `sample`."""
+    probes = ("a", "0", " ", "\n", "?")  # a text's first character may merge with the template's last token
+    n_texts = template.count(PLACEHOLDER)
+    return commonprefix([fill_template(tokenizer, template, [probe] * n_texts) for probe in probes])
+
+
+@lru_cache(maxsize=64)
+def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening: str) -> str:
+    """
+    One user turn in the tokenizer's template, with a PLACEHOLDER for {text}, then the assistant's opening.
+    """
     message = {"role": "user", "content": instruction.replace("{text}", PLACEHOLDER)}
     rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return rendered if prefill and rendered.rstrip().endswith(prefill) else rendered + prefill   # some templates open the thought
+    if opening and rendered.rstrip().endswith(opening):  # some templates open the thought themselves
+        return rendered
+    return rendered + opening
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, prefill: str = "") -> list[int]:
-    """A prompt's token ids. `instruction` is ours and contains {text}; `text` is somebody's and never becomes added_tokens."""
-    return fill_template(tokenizer, chat_template(tokenizer, instruction, prefill), [text])
+def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, opening: str = "") -> list[int]:
+    """A prompt's token ids. `instruction` is ours and contains {text}; `text` never becomes markup."""
+    return fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [text])
 
 
-# ---------------------------------------------------------------- tokens to tokens
+# ---------------------------------------------------------------- drawing a token
 
-Done = Callable[[list[int]], bool] | None   # whether a reply that begins with these tokens may end here
+def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
+    """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) alone."""
+    rows = [np.random.default_rng((seed, step, game, turn)).random(length) for game in games]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
+def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """
+    token_B: the first token whose cumulative probability exceeds the row's uniform number. Sums are fp64:
+    over 150,000 tokens, fp32 sums would lose the rare ones.
+    """
+    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
+    total_B1 = cdf_BV[:, -1:]  # 1 up to rounding
+    # strictly below the total, or rounding could pick a last token of probability 0
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
+    return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
+
+
+# ---------------------------------------------------------------- prompts to cached keys and values
+
+CACHE_SLOTS = 65_536   # rows x slots of a batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
+PREFILL_SLOTS = {"cpu": 1_024, "cuda": 16_384}  # rows x slots of one prefill pass
+MIN_PREFIX = 32        # tokens; a shorter shared prefix saves less than its own pass costs
+
+
+@dataclass
+class PrefillPass:
+    """Prompts that run together, longest first, by their number; all begin with the tokens of `prefix`."""
+    prefix: tuple[int, ...]
+    numbers: list[int]
+
+
+def shared_prefix(prompt: tuple[int, ...], prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The first of `prefixes`, which are sorted longest first, that a prompt begins with; empty if none."""
+    for prefix in prefixes:
+        # the prompt's last token is left to the first decode step, so it cannot be part of a prefix
+        if len(prefix) < len(prompt) and prompt[:len(prefix)] == prefix:
+            return prefix
+    return ()
+
+
+def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
+                 max_slots: int) -> deque[PrefillPass]:
+    """Passes over all prompts. A pass has one prefix and similar lengths; equal prompts are neighbours."""
+    usable = sorted((tuple(p) for p in prefixes if len(p) >= MIN_PREFIX), key=len, reverse=True)
+    prefix_N = [shared_prefix(prompt, usable) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda n: (prefix_N[n], -len(prompts[n]), prompts[n]))
+    passes: deque[PrefillPass] = deque()
+    for n in order:
+        current = passes[-1] if passes else None
+        if current and current.prefix == prefix_N[n]:
+            longest = len(prompts[current.numbers[0]])
+            if (len(current.numbers) + 1) * longest <= max_slots:
+                current.numbers.append(n)
+                continue
+        passes.append(PrefillPass(prefix_N[n], [n]))
+    return passes
+
+
+def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | None) -> Cache:
+    """
+    A cache of these token lists, longest first; all begin with the tokens of `prefix`, a cache of one row.
+    """
+    weight_VD = model.embed_tokens.weight
+    longest = len(texts[0])
+    n_prefix = prefix.slots if prefix else 0
+    cache = Cache(model.config, len(texts), longest, weight_VD.dtype, weight_VD.device)
+    if prefix:
+        cache.copy_rows(slice(None), prefix, slice(None))  # one row into all
+        cache.length_B.fill_(n_prefix)
+    if longest > n_prefix:
+        # padded on the right: nothing looks there, and `length_B` of the decode batch says where a row ends
+        suffixes = [text[n_prefix:] + (0,) * (longest - len(text)) for text in texts]
+        model(torch.tensor(suffixes, device=weight_VD.device), None, cache)
+    return cache
+
+
+class PromptQueue:
+    """
+    Prompts that wait for a row of the decode batch. They run pass by pass, when the batch asks for more; a
+    shared prefix and a prompt that occurs several times run once.
+    """
+
+    def __init__(self, model: Transformer, prompts: list[list[int]], prefixes: Sequence[list[int]]):
+        self.model = model
+        self.prompts = [tuple(prompt) for prompt in prompts]
+        max_slots = PREFILL_SLOTS[model.embed_tokens.weight.device.type]
+        self.passes = plan_prefill(self.prompts, prefixes, max_slots)
+        self.prefix: tuple[int, ...] = ()             # of the newest pass
+        self.prefix_cache: Cache | None = None
+        self.cache: Cache | None = None
+        self.ready: deque[tuple[int, int]] = deque()  # (prompt number, row of self.cache)
+
+    def run_next_pass(self) -> None:
+        """Prefill the next pass: all but the last token of each prompt, which the first decode step runs."""
+        current = self.passes.popleft()
+        if current.prefix != self.prefix:
+            self.prefix = current.prefix
+            self.prefix_cache = prefill(self.model, [self.prefix], None) if self.prefix else None
+        row_of: dict[tuple[int, ...], int] = {}
+        for n in current.numbers:
+            row_of.setdefault(self.prompts[n][:-1], len(row_of))
+        self.cache = prefill(self.model, list(row_of), self.prefix_cache)
+        self.ready.extend((n, row_of[self.prompts[n][:-1]]) for n in current.numbers)
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """Up to `count` prompts of one pass: (prompt number, row of self.cache). Empty when none is left."""
+        if not self.ready and self.passes:
+            self.run_next_pass()
+        return [self.ready.popleft() for _ in range(min(count, len(self.ready)))]
+
+
+# ---------------------------------------------------------------- decoding
+
+MIN_ROWS = 16         # on a CPU: with fewer, matmuls round differently, and sampler and trainer disagree
+COMPACT_BELOW = 0.75  # a CPU batch drops its free rows when no more than this share of its rows is active
+
+
+class DecodeBatch:
+    """
+    Rows of a cache, each drawing one token per step: admit, step, retire, compact. On the host, prompt_B[b]
+    is the number of the prompt that row b answers, or None: a free row draws on, and is ignored.
+    """
+
+    def __init__(self, model: Transformer, rows: int, slots: int, uniform_NT: Tensor, temperature: float):
+        weight_VD = model.embed_tokens.weight
+        device = weight_VD.device
+        self.model = model
+        self.temperature = temperature
+        self.cache = Cache(model.config, rows, slots, weight_VD.dtype, device)
+        self.prompt_B: list[int | None] = [None] * rows
+        self.max_new_tokens = uniform_NT.shape[1]
+        self.uniform_M = uniform_NT.flatten().to(device)  # M = N * T
+        # device state, at fixed addresses
+        self.next_B = torch.zeros(rows, dtype=torch.long, device=device)  # the token to run next
+        self.uniform_index_B = torch.zeros_like(self.next_B)              # where its uniform number is
+        self.logprob_B = torch.zeros(rows, device=device)                 # of the token drawn last
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def n_active(self) -> int:
+        return len(self.prompt_B) - self.prompt_B.count(None)
+
+    def admit(self, queue: PromptQueue) -> None:
+        """Give free rows to waiting prompts: copy their keys and values, and set their state."""
+        free = [b for b, n in enumerate(self.prompt_B) if n is None]
+        while free and (started := queue.take(len(free))):
+            rows = free[:len(started)]
+            free = free[len(started):]
+            self.cache.copy_rows(rows, queue.cache, [source for _, source in started])
+            state = []
+            for b, (n, _) in zip(rows, started, strict=True):
+                prompt = queue.prompts[n]
+                self.prompt_B[b] = n
+                state.append((len(prompt) - 1, prompt[-1], n * self.max_new_tokens))
+            length_R, next_R, index_R = torch.tensor(state, device=self.next_B.device).T  # R = len(rows)
+            self.cache.length_B[rows] = length_R
+            self.next_B[rows] = next_R
+            self.uniform_index_B[rows] = index_R
+
+    def retire(self, row: int) -> None:
+        """Free a row whose reply has ended."""
+        self.prompt_B[row] = None
+
+    def compact(self) -> None:
+        """On a CPU, where free rows cost as much as active ones, drop them once they are many."""
+        rows = max(MIN_ROWS, self.n_active())
+        if self.next_B.is_cuda or rows > COMPACT_BELOW * len(self.prompt_B):
+            return  # a GPU would have to record its step anew
+        kept = sorted(range(len(self.prompt_B)), key=lambda b: self.prompt_B[b] is None)[:rows]
+        self.prompt_B = [self.prompt_B[b] for b in kept]
+        self.next_B = self.next_B[kept]
+        self.uniform_index_B = self.uniform_index_B[kept]
+        self.logprob_B = self.logprob_B[kept]
+        self.cache.keep_rows(kept)
+
+    def draw_step(self) -> None:
+        """One decode step. No host sync and static addresses: it can be captured as a CUDA graph."""
+        logits_BV = self.model(self.next_B[:, None], last_logits, self.cache)
+        logp_BV = log_policy(logits_BV, self.temperature or 1.0)
+        if self.temperature:
+            token_B = draw(logp_BV, self.uniform_M[self.uniform_index_B])
+        else:
+            token_B = logp_BV.argmax(-1)
+        self.next_B.copy_(token_B)
+        self.logprob_B.copy_(logp_BV.gather(1, token_B[:, None]).squeeze(1))
+        # free rows draw on: keep their indices in bounds
+        self.uniform_index_B.add_(1).clamp_(max=len(self.uniform_M) - 1)
+        self.cache.length_B.clamp_(max=self.cache.slots - 1)
+
+    def step(self) -> list[tuple[int, int, int, float]]:
+        """Draw a token for each row; return (row, prompt number, token, log-probability) of active ones."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.draw_step()
+            if self.next_B.is_cuda:  # launching a step's kernels one by one takes longer than they run
+                self.graph = torch.cuda.CUDAGraph()
+                # capturing computes nothing; thread_local: other threads may use the GPU meanwhile
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.draw_step()
+        tokens = self.next_B.tolist()
+        logprobs = self.logprob_B.tolist()
+        return [(b, n, tokens[b], logprobs[b]) for b, n in enumerate(self.prompt_B) if n is not None]
+
+
+# ---------------------------------------------------------------- prompts to replies
+
+Done = Callable[[list[int]], bool] | None  # whether a reply that begins with these tokens may end here
+
+
+@dataclass
 class Sample:
-    """One reply: its tokens, the stop token included, and the log-probability (nats) of each at the temperature it was drawn at."""
+    """
+    A reply: its tokens, the stop token included, and their log-probabilities (nats, at the temperature).
+    """
     ids: list[int]
     logprobs: list[float]
     stopped: bool
 
 
-def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
-    """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) and of nothing else."""
-    rows = [np.random.default_rng((seed, step, game, turn)).random(length) for game in games]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
-
-
-def invert(cdf_BW: Tensor, point_B1: Tensor) -> Tensor:
-    """
-    The first entry whose cumulative mass (fp64) exceeds `point`, [B, 1]. An entry without mass is never the one: a point that rounding has
-    pushed to the end of all mass counts as lying just before it.
-    """
-    last_B1 = torch.nextafter(cdf_BW[:, -1:], torch.zeros_like(point_B1))
-    return torch.searchsorted(cdf_BW, torch.minimum(point_B1, last_B1), right=True)
-
-
-def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """
-    token_B by inverting the cumulative distribution. Cumulative sums are fp64, because over 150,000 words fp32 ones would lose the rare;
-    of a large vocabulary first the block of words, then the word in it, because only few of the sums are needed.
-    """
-    p_BV, uniform_B1 = logp_BV.exp(), uniform_B[:, None]
-    if p_BV.shape[1] <= 2 * WORDS:
-        cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
-        return invert(cdf_BV, uniform_B1 * cdf_BV[:, -1:]).squeeze(1)
-    p_BCW = F.pad(p_BV, (0, -p_BV.shape[1] % WORDS)).unflatten(1, (-1, WORDS))
-    cdf_BC = p_BCW.sum(-1, dtype=torch.float64).cumsum(-1)
-    point_B1 = uniform_B1 * cdf_BC[:, -1:]
-    block_B1 = invert(cdf_BC, point_B1)
-    before_B1 = F.pad(cdf_BC, (1, 0)).gather(1, block_B1)
-    inside_BW = p_BCW.gather(1, block_B1[..., None].expand(-1, -1, WORDS)).squeeze(1)
-    return (block_B1 * WORDS + invert(inside_BW.cumsum(-1, dtype=torch.float64), point_B1 - before_B1)).squeeze(1)
-
-
-def instructions(prompts: list[tuple[int, ...]], known: int = 0) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """What each of these different prompts has in common with others and is worth a pass of its own, beyond `known` tokens that are."""
-    alike, branches = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1), {}
-    if (len(prompts) - 1) * (alike - known) >= WORTH:
-        known = alike
-    for prompt in prompts:
-        branches.setdefault(prompt[:alike + 1], []).append(prompt)
-    hopeful = [some for some in branches.values() if len(branches) > 1 and (len(some) - 1) * (max(map(len, some)) - known) >= WORTH]
-    found = {prompt: prompt[:known] for prompt in prompts}
-    for some in hopeful:
-        found |= instructions(some, known)
-    return found
-
-
-def begin(model: Transformer, prefix: tuple[int, ...]) -> Cache:
-    """A cache of one row with these tokens."""
-    weight_VD = model.embed_tokens.weight
-    cache = Cache(model.config, 1, len(prefix), torch.zeros(1, dtype=torch.long, device=weight_VD.device), weight_VD.dtype)
-    if prefix:
-        model(torch.tensor([prefix], device=weight_VD.device), None, cache=cache)
-    return cache
-
-
-def prefill(model: Transformer, prefix: Cache, prompts: list[tuple[int, ...]]) -> Cache:
-    """A cache of these prompts, longest first, that begin with `prefix`: all but the last token of each, which the next step runs."""
-    device, shared, longest = prefix.pad_B.device, prefix.length, len(prompts[0]) - 1
-    pad_B = torch.tensor([longest + 1 - len(p) for p in prompts], device=device)
-    cache = Cache(model.config, len(prompts), longest, pad_B, model.embed_tokens.weight.dtype, shared)
-    cache.begin_with(prefix)
-    if longest > shared:
-        model(torch.tensor([(0,) * (longest + 1 - len(p)) + p[shared:-1] for p in prompts], device=device), None, cache=cache)
-    return cache
-
-
-class Seats:
-    """
-    The rows of a cache and who sits in them. Row b has drawn t_B[b] tokens for prompt number_B[b], and runs token next_B[b] now; the
-    number of an empty seat is that of no prompt. Prompts are judge_on_demand in their order, longest first, so that those who stay are at least as
-    long as a newcomer. `judge_on_demand` prompts have had a seat so far. What has been drawn is in token_NT and logprob_NT, length_N[n] of it; their
-    last row takes what empty seats draw.
-    """
-
-    def __init__(self, model: Transformer, prompts: list[list[int]], rows: int, uniform_NT: Tensor, stops: list[int], temperature: float):
-        (N, steps), device, dtype = uniform_NT.shape, model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-        self.model, self.prompts, self.judge_on_demand, self.N, self.temperature = model, [tuple(p) for p in prompts], 0, N, temperature
-        self.copies = Counter(self.prompts)
-        self.prefix, self.begun, self.found, self.waiting = instructions(list(self.copies)), {}, {}, {}
-        for prompt in self.copies:
-            self.waiting.setdefault(self.prefix[prompt], []).append(prompt)
-        self.number_B = torch.full((rows,), N, device=device)
-        self.t_B, self.next_B = torch.zeros_like(self.number_B), torch.zeros_like(self.number_B)
-        self.spare = SPARE[device.type]
-        self.cache = Cache(model.config, rows, len(prompts[0]) + steps + self.spare, torch.zeros_like(self.t_B), dtype)
-        self.token_NT = torch.zeros(N + 1, steps, dtype=torch.long, device=device)
-        self.logprob_NT, self.length_N = torch.zeros(N + 1, steps, device=device), torch.zeros(N + 1, dtype=torch.long, device=device)
-        self.uniform_NT, self.stop_S = F.pad(uniform_NT, (0, 0, 0, 1)).to(device), torch.tensor(stops, dtype=torch.long, device=device)
-        self.widened = lru_cache(maxsize=1)(lambda weight_VD: weight_VD if weight_VD.is_cuda else weight_VD.float())   # once, not each step
-        self.recorded, self.least = None, 0 if device.type == "cuda" else COMPANY * torch.get_num_threads()
-
-    def working(self) -> int:
-        """Seats that are taken. To ask is to wait for a GPU."""
-        return int((self.number_B < self.N).sum())
-
-    def unneeded(self) -> int:
-        """Slots in front that no prompt at work needs any more."""
-        pad_N = self.cache.pad_B[self.number_B < self.N]
-        return int(pad_N.min()) if len(pad_N) else self.cache.length
-
-    def make_room(self) -> None:
-        """Slots that nobody needs become free behind, as soon as they are more than the spare ones."""
-        if (by := self.unneeded()) > self.spare:
-            self.cache.slide(by)
-
-    def fill(self) -> None:
-        """Empty seats go to the prompts that wait."""
-        empty_N = (self.number_B == self.N).nonzero().squeeze(1)[:self.N - self.judge_on_demand]
-        new = range(self.judge_on_demand, self.judge_on_demand + len(empty_N))
-        self.judge_on_demand = new.stop
-        self.make_room()
-        self.cache.length_1.clamp_(min=len(self.prompts[new[0]]) - 1)
-        families = {}                                            # by prefix, who goes where
-        for n, b in zip(new, empty_N.tolist()):
-            families.setdefault(self.prefix[self.prompts[n]], []).append((b, self.prompts[n]))
-        for family in families.values():
-            found = ((b, *self.find(prompt)) for b, prompt in family)
-            for cache, some in groupby(found, key=itemgetter(1)):
-                self.cache.place(*torch.tensor([(b, i) for b, _, i in some], device=empty_N.device).T, cache)
-        self.number_B[empty_N] = torch.arange(new.start, new.stop, device=empty_N.device)
-        self.next_B[empty_N] = torch.tensor([self.prompts[n][-1] for n in new], device=empty_N.device)
-        self.cache.front = self.unneeded()
-
-    def find(self, prompt: tuple[int, ...]) -> tuple[Cache, int]:
-        """
-        Where a prompt's keys and values are, a cache and its row. It is run with those that come after it and have the same prefix: a pass
-        over many costs less than many passes. One that occurs several times is run once, and so is a prefix; the last to ask takes it away.
-        """
-        if prompt not in self.found:
-            prefix, device = self.prefix[prompt], self.t_B.device.type
-            if prefix not in self.begun:
-                self.begun[prefix] = begin(self.model, prefix)
-            at_once = max(1, min(PREFILL[device] // (len(prompt) - len(prefix)), AHEAD // len(prompt)))
-            group, self.waiting[prefix] = self.waiting[prefix][:at_once], self.waiting[prefix][at_once:]
-            cache = prefill(self.model, self.begun[prefix], group)
-            self.found |= {other: (cache, i) for i, other in enumerate(group)}
-        self.copies[prompt] -= 1
-        return self.found[prompt] if self.copies[prompt] else self.found.pop(prompt)
-
-    def shrink(self) -> None:
-        """Empty seats leave, but for those that keep a small batch company."""
-        stays_B = self.number_B < self.N
-        stays_B |= (~stays_B).cumsum(0) <= self.least - int(stays_B.sum())
-        self.number_B, self.t_B, self.next_B = self.number_B[stays_B], self.t_B[stays_B], self.next_B[stays_B]
-        self.cache.keep(stays_B)
-        self.cache.front, self.recorded = self.unneeded(), None
-
-    def step(self) -> None:
-        """Everybody draws a token, and some leave with it. All of it happens on the device, at addresses that stay, and nobody waits."""
-        head = lambda hidden_BTD, weight_VD: last_logits(hidden_BTD, self.widened(weight_VD))
-        logp_BV = log_policy(self.model(self.next_B[:, None], head, cache=self.cache), self.temperature or 1.0)
-        place = self.number_B, self.t_B
-        next_B = draw(logp_BV, self.uniform_NT[place]) if self.temperature else logp_BV.argmax(-1)
-        self.token_NT[place], self.logprob_NT[place] = next_B, logp_BV.gather(1, next_B[:, None]).squeeze(1)
-        self.t_B += 1
-        self.length_N[self.number_B] = self.t_B
-        self.number_B.masked_fill_((next_B[:, None] == self.stop_S).any(1) | (self.t_B == self.uniform_NT.shape[1]), self.N)
-        self.t_B *= self.number_B < self.N
-        self.next_B.copy_(next_B)
-
-    def game_record(self) -> torch.cuda.CUDAGraph | None:
-        """The step as something that can be replayed, on a GPU: to launch its few hundred kernels takes longer than they do."""
-        if not self.t_B.is_cuda:
-            return None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):   # nothing is computed; other threads may use the GPU
-            self.step()
-        return graph
-
-    def advance(self) -> None:
-        """One step; from a game_record, several, before anybody looks at what came out: whoever has left draws into the last row."""
-        if self.recorded is None:
-            self.step()
-            self.recorded = self.game_record()
-        else:
-            for _ in range(min(BURST, self.cache.slots - self.cache.length)):
-                self.recorded.replay()
-
-    def decide(self, was: list[tuple[int, int]], done: Callable[[list[int]], bool]) -> None:
-        """Replies end where `done` says so of the tokens since the seats were as in `was`, (number, t) for each."""
-        drawn, length = self.token_NT.tolist(), self.length_N.tolist()
-        for b, (n, t) in enumerate(was):
-            end = next((end for end in range(t + 1, length[n] + 1) if n < self.N and done(drawn[n][:end])), None)
-            if end:
-                self.length_N[n], self.number_B[b], self.t_B[b] = end, self.N, 0
-
-
-def decode(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float, done: Done,
-           rows: int, bar: tqdm) -> list[Sample]:
-    """
-    All prompts, longest first, through so many rows. As soon as a thirty-second of them have stopped, on a GPU an eighth, prompts that wait
-    take their places; once none wait, those that have stopped leave when they are a quarter of the batch, on a GPU tmp_dir of it.
-    """
-    seats, working, device = Seats(model, prompts, rows, uniform_NT, stops, temperature), 0, model.embed_tokens.weight.device.type
-    empty, full = max(1, int(rows * EMPTY[device])), FULL[device]
-    while working or seats.judge_on_demand < seats.N:
-        if seats.judge_on_demand < seats.N and working <= rows - empty:
-            seats.fill()
-        elif seats.judge_on_demand == seats.N and max(working, seats.least) <= full * len(seats.number_B):
-            seats.shrink()
-        if seats.cache.length == seats.cache.slots:
-            seats.make_room()
-        was = list(zip(seats.number_B.tolist(), seats.t_B.tolist())) if done else []
-        seats.advance()
-        if done:
-            seats.decide(was, done)
-        working = seats.working()
-        bar.update(seats.judge_on_demand - working - bar.n)
-    replies = zip(seats.token_NT.tolist(), seats.logprob_NT.tolist(), seats.length_N[:seats.N].tolist())
-    return [Sample(i[:n], p[:n], i[n - 1] in stops) for i, p, n in replies]
-
-
 @torch.inference_mode()
-def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int], temperature: float = 1.0,
-           label: str = "", done: Done = None) -> list[Sample]:
+def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int],
+           temperature: float = 1.0, prefixes: Sequence[list[int]] = (), label: str = "", done: Done = None,
+           max_rows: int = 0) -> list[Sample]:
     """
-    A reply to each prompt, in order, of at most uniform_NT.shape[1] tokens. Temperature 0 takes the likeliest token and records its
-    log-probability at temperature 1. A reply ends with a stop token, or as soon as `done` says so of its tokens. With a `label`, a progress
-    bar appears after two seconds.
+    A reply to each prompt, in order, of at most T = uniform_NT.shape[1] tokens. Temperature 0 takes the
+    likeliest token and records its log-probability at temperature 1. A reply ends with a stop token, or when
+    `done` says so of its tokens. `prefixes` are token lists that many prompts begin with: they change the
+    speed and nothing else. With a `label`, a progress bar appears after two seconds.
     """
     if not prompts:
         return []
-    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), prompts[n]))   # equal ones side by side
-    rows = min(len(prompts), max(1, CACHE_SLOTS // (len(prompts[order[0]]) + uniform_NT.shape[1])))
-    with tqdm(total=len(order), desc=label, unit="reply", leave=False, delay=2, disable=not label) as bar:
-        replies = decode(model, [prompts[n] for n in order], uniform_NT[order], stops, temperature, done, rows, bar)
-    return [reply for _, reply in sorted(zip(order, replies), key=lambda pair: pair[0])]
+    slots = max(len(prompt) for prompt in prompts) + uniform_NT.shape[1]
+    rows = min(len(prompts), max_rows or max(1, CACHE_SLOTS // slots))
+    batch = DecodeBatch(model, rows, slots, uniform_NT, temperature)
+    queue = PromptQueue(model, prompts, prefixes)
+    replies = [Sample([], [], False) for _ in prompts]
+    stop_set = set(stops)
+    bar = tqdm(total=len(prompts), desc=label, unit="reply", leave=False, delay=2, disable=not label)
+    batch.admit(queue)
+    while batch.n_active():
+        for row, n, token, logprob in batch.step():
+            reply = replies[n]
+            reply.ids.append(token)
+            reply.logprobs.append(logprob)
+            reply.stopped = token in stop_set
+            if reply.stopped or len(reply.ids) == batch.max_new_tokens or (done and done(reply.ids)):
+                batch.retire(row)
+                bar.update()
+        batch.admit(queue)
+        batch.compact()
+    bar.close()
+    return replies
 
+
+# ---------------------------------------------------------------- the command line
 
 def main() -> None:
-    cli = ArgumentParser(description="Ask a model one question.")
+    cli = ArgumentParser(description="Ask a model one question, as the defender of its run was asked.")
     cli.add_argument("model", help="a checkpoint folder, a run folder or a hub name")
     cli.add_argument("question")
-    cli.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token [%(default)s]")
+    cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     cli.add_argument("--max-new-tokens", type=int, default=128, help="[%(default)s]")
     cli.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     args = cli.parse_args()
-    model, tokenizer = load(args.model), open_tokenizer(args.model)
-    prompt = chat_ids(tokenizer, "{text}", args.question)
-    reply = sample(model, [prompt], uniforms(args.seed, 0, [0], 0, args.max_new_tokens), stop_ids(model, tokenizer), args.temperature)[0]
-    print(tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
+    model = load(args.model)
+    tokenizer = open_tokenizer(args.model)
+    run = run_config(args.model)  # a run says how its defender is asked; other models get the bare question
+    opening = run.get("opening", "")
+    prompt = chat_ids(tokenizer, run.get("defender_instruction", "{text}"), args.question, opening)
+    uniform_NT = uniforms(args.seed, 0, [0], 0, args.max_new_tokens)
+    reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
+    print(f"{opening} {tokenizer.decode(reply.ids, skip_special_tokens=True).strip()}".strip())
     ending = "stopped" if reply.stopped else "cut at --max-new-tokens"
     print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}, {ending}]")
 

@@ -45,7 +45,7 @@ from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.linear import keep_memory
 from kernels.logprob import head_bytes
 from model import ModelConfig, Transformer, load, open_tokenizer, save, score, read_config, stop, stop_ids
-from sample import AHEAD, CACHE_SLOTS, Sample, plain_ids, sample, uniforms
+from sample import CACHE_SLOTS, Sample, plain_ids, sample, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, Game, Experience, Player, Seed, ChatFormat, is_legal, game_metrics, mean, seeds_for_step, pack, parse_reply, payoffs,
                       play, experiences_of, game_record, returns, show_game, whiten)
 
@@ -359,7 +359,7 @@ def cache_bytes(shape: ModelConfig) -> int:
     Keys and values of one full batch of the sampler, in bf16, and of prompts that have been run and wait for a seat: for each of two
     instructions a group of them, and another that is made when the first ends.
     """
-    return 2 * 2 * (CACHE_SLOTS + 4 * AHEAD) * shape.layers * shape.kv_heads * shape.head_width
+    return 2 * 2 * CACHE_SLOTS * shape.layers * shape.kv_heads * shape.head_width
 
 
 BYTES = {"adamw": ({"policy, fp32 master weights": 4, "Adam moments, fp32": 8}, 4),   # for every weight: what stays, and its gradient
