@@ -1,5 +1,7 @@
-"""Machines that die, disks that fill_template up, numbers that explode: nothing that was complete is lost, and what is made again is the same."""
-import json
+"""
+Processes that die, disks that are full, losses that are not numbers: no complete checkpoint is lost, and a
+resumed run ends with the weights of one that nothing disturbed.
+"""
 import os
 import re
 import resource
@@ -8,302 +10,419 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
+import checkpoint
 import train
+from checkpoint import checkpoints, is_complete, newest_complete, step_number
 from conftest import measured
-from launch import finished, start
+from launch import finished, games, largest_difference, metrics, rows, start, weights
+from launch import run as run_train
+from launch import succeeds as train_succeeds
 
 SMALL = ["--games", "12", "--sft-steps", "40", "--seed", "5", "--max-new-tokens", "24", "--no-exam"]
 
 
 def run(*args, ranks=1, before=None):
-    return finished(start([*SMALL, *args], ranks, before))
+    return run_train(*SMALL, *args, ranks=ranks, before=before)
 
 
-def succeeds(*args, **how):
-    done = run(*args, **how)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+def succeeds(*args, ranks=1, before=None):
+    return train_succeeds(*SMALL, *args, ranks=ranks, before=before)
 
 
 def refused(done, *words):
-    """One sentence, status 2."""
+    """The run ended with status 2 and said why in one sentence with these words."""
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
-    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line and "it/s" not in line]
-    assert len(said) == 1 and all(word in said[0] for word in words), said
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    sentences = [line for line in lines if not re.search(r"(step|it)/s", line)]   # the rest are progress bars
+    assert len(sentences) == 1 and all(word in sentences[0] for word in words), sentences
 
 
-def weights(out):
-    return load_file(out / (out / "latest").read_text() / "model.safetensors")
+def steps_logged(out):
+    return [line["step"] for line in metrics(out)]
 
 
-def difference(a, b):
-    a, b = weights(a), weights(b)
-    return max((a[key] - b[key]).abs().max() for key in a)
-
-
-def steps_logged(out, name="metrics.jsonl"):
-    return [json.loads(line)["step"] for line in (out / name).read_text().splitlines()]
-
-
-def lines_logged(out):
-    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+def wait_until(condition, what, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sft_run):
-    """An undisturbed run of four steps that saved each of them."""
+    """A folder of runs that share one SFT start; "whole" is an undisturbed run of four steps, all saved."""
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(sft_run, folder / "warm")
+    shutil.copytree(sft_run, folder / "sft")
     succeeds("--steps", "4", "--save-every", "1", "--out", folder / "whole")
     return folder
 
 
-def halfway(runs, name, step=2):
-    """A copy of that run as it was after `step` steps."""
+def first_steps(runs, name, steps=2):
+    """A copy of the undisturbed run without the checkpoints after this step."""
     shutil.copytree(runs / "whole", runs / name)
-    for folder in train.checkpoints(runs / name)[step + 1:]:
+    for folder in checkpoints(runs / name)[steps + 1:]:
         shutil.rmtree(folder)
     return runs / name
 
 
+def is_undisturbed(runs, out, bound=0.0):
+    """The run has ended with the weights and logs of the undisturbed one."""
+    difference = largest_difference(weights(runs / "whole"), weights(out))
+    measured("weights against an undisturbed run", difference, bound)
+    assert steps_logged(out) == [1, 2, 3, 4] and {game["step"] for game in games(out)} == {1, 2, 3, 4}
+
+
 # ---------------------------------------------------------------- signals
 
-def wait_for(path, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
+def ignores(process, number):
+    """Whether a process ignores this signal now, as train.py does in the second after the first one."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
+    return bool(mask >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_to_one_rank_ends_all_after_the_step_and_nothing_is_lost(runs, ranks, number):
-    out, args = runs / f"asked{ranks}", ["--steps", "60", "--save-every", "100", "--out"]
-    asked = start([*SMALL, *args, out], ranks)
-    wait_for(out / "games.jsonl")
-    os.kill(asked.ranks[-1].pid, number)
-    done = finished(asked)
-    made = len(steps_logged(out))
-    assert done.returncode == 0 and f"{number.name}: stopped after step {made} of 60" in done.stdout and made < 60, done
-    assert train.is_complete(out / f"step_{made:06d}") and (out / "latest").read_text() == f"step_{made:06d}"
+    """Two signals within a second count as one: on Ctrl-C the terminal sends one and torchrun another."""
+    out = runs / f"stopped_{ranks}"
+    started = start([*SMALL, "--steps", "60", "--save-every", "100", "--out", out], ranks)
+    wait_until((out / "games.jsonl").exists, "the first step")
+    os.kill(started.ranks[-1].pid, number)
+    wait_until(lambda: ignores(started.ranks[-1], number), "the handler")
+    os.kill(started.ranks[-1].pid, number)
+    done = finished(started)
+    steps = len(steps_logged(out))
+    assert done.returncode == 0 and f"{number.name}: stopped after step {steps} of 60" in done.stdout, done
+    assert steps < 60 and (out / "latest").read_text() == f"step_{steps:06d}"
+    assert is_complete(out / f"step_{steps:06d}")
 
 
 def test_a_second_signal_ends_a_rank_at_once_even_while_it_waits_for_another(runs):
-    asked = start([*SMALL, "--steps", "500", "--out", runs / "twice"], 2)
-    wait_for(runs / "twice" / "games.jsonl")
-    os.kill(asked.ranks[1].pid, signal.SIGSTOP)   # now rank 0 waits for it
-    time.sleep(0.5)
-    for _ in range(2):
-        os.kill(asked.ranks[0].pid, signal.SIGTERM)
-        time.sleep(1.1)
-    asked.ranks[0].join(2)
-    assert asked.ranks[0].exitcode == 128 + signal.SIGTERM
-    asked.ranks[1].kill()
+    """The first signal comes while both ranks run. Then rank 1 stops, and rank 0 waits in a collective."""
+    started = start([*SMALL, "--steps", "500", "--out", runs / "twice"], 2)
+    wait_until((runs / "twice" / "games.jsonl").exists, "the first step")
+    waiting, stopped = started.ranks
+    os.kill(waiting.pid, signal.SIGTERM)
+    wait_until(lambda: ignores(waiting, signal.SIGTERM), "the handler")
+    os.kill(stopped.pid, signal.SIGSTOP)
+    wait_until(lambda: not ignores(waiting, signal.SIGTERM), "the end of the handler's second")
+    time.sleep(1.0)
+    assert waiting.is_alive(), "it should wait for rank 1"
+    os.kill(waiting.pid, signal.SIGTERM)
+    waiting.join(2)
+    assert waiting.exitcode == -signal.SIGTERM
+    stopped.kill()
 
 
-# ---------------------------------------------------------------- numbers that are not finite
+# ---------------------------------------------------------------- losses that are not finite
 
-def poison(last, number):
-    """On the last rank, the loss of updates 2 to `last` is not a number."""
-    honest, count = train.policy_loss, iter(range(1000))
-    train.policy_loss = lambda *args: honest(*args) * (torch.nan if number == 1 and 2 <= next(count) < 2 * last else 1.0)   # two roles, two calls
+def poison(updates, rank):
+    """On rank 1 the loss of these updates is not a number."""
+    update, policy_loss = train.update, train.policy_loss
+    started = []
+
+    def counted_update(*args):
+        started.append(len(started) + 1)
+        return update(*args)
+
+    def poisoned_loss(*args):
+        return policy_loss(*args) * (torch.nan if started[-1] in updates else 1.0)
+
+    train.update = counted_update
+    if rank == 1:
+        train.policy_loss = poisoned_loss
 
 
 def test_an_update_that_is_not_finite_is_skipped_on_all_ranks_and_its_batch_is_kept(runs):
-    succeeds("--steps", "4", "--out", runs / "once", ranks=2, before=partial(poison, 2))
-    lines = [json.loads(line) for line in (runs / "once" / "metrics.jsonl").read_text().splitlines()]
+    out = runs / "one_poisoned"
+    succeeds("--steps", "4", "--out", out, ranks=2, before=partial(poison, range(2, 3)))
+    lines = metrics(out)
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0] and lines[1]["loss_attacker"] is None
-    assert all(np.isfinite(value) for line in lines for value in line.values() if value is not None)
-    turns = [json.loads(line) for line in (runs / "once" / "skipped_000002_1.jsonl").read_text().splitlines()]
-    assert turns and all(len(turn["ids"]) == len(turn["advantage"]) == len(turn["logprobs"]) for turn in turns)
-    assert all(tensor.isfinite().all() for tensor in weights(runs / "once").values())
+    numbers = [value for line in lines for value in line.values() if isinstance(value, float)]
+    assert numbers and all(np.isfinite(numbers))
+    turns = rows(out / "skipped_000002_1.jsonl")
+    assert turns
+    for turn in turns:
+        assert len(turn["ids"]) == len(turn["advantage"]) == len(turn["logprobs"])
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
 def test_three_such_updates_in_a_row_end_the_run_in_one_sentence(runs):
-    done = run("--steps", "6", "--save-every", "1", "--out", runs / "never", ranks=2, before=partial(poison, 100))
+    out = runs / "all_poisoned"
+    poisoned = partial(poison, range(2, 100))
+    done = run("--steps", "6", "--save-every", "1", "--out", out, ranks=2, before=poisoned)
     refused(done, "step 4: 3 updates in a row", "skipped_*.jsonl")
-    assert train.newest_complete(runs / "never").name == "step_000003"
-    measured("weights after skipped updates against those before", max(
-        (a - b).abs().max() for a, b in zip(weights(runs / "never").values(), load_file(runs / "never" / "step_000001" / "model.safetensors").values())), 0.0)
+    assert newest_complete(out).name == "step_000003"
+    difference = largest_difference(weights(out), weights(out, 1))
+    measured("weights after skipped updates against those before", difference, 0.0)
 
 
-# ---------------------------------------------------------------- a rank that dies
+# ---------------------------------------------------------------- a rank that fails
 
-MISCHIEF = """
+FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-honest = train.whiten
-def dies(*args):
+whiten = train.whiten
+def failing(*args):
     if os.environ["RANK"] == "1":
         raise ValueError("the dog ate it")
-    return honest(*args)
-train.whiten = dies
+    return whiten(*args)
+train.whiten = failing
 train.main()
 """
 
 
 def test_a_rank_that_fails_ends_all_within_a_minute_with_its_own_error_on_top(runs, tmp_path):
-    (tmp_path / "mischief.py").write_text(MISCHIEF.format(root=str(Path(train.__file__).parent)))
-    begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "mischief.py", *SMALL, "--steps", "2",
-                           "--out", runs / "failed"], capture_output=True, text=True, timeout=90)
-    measured("seconds until all have ended", time.monotonic() - begun, 60)
-    assert done.returncode != 0 and re.search(r"\w*Error: .*", done.stderr)[0] == "ValueError: the dog ate it", done.stderr[-5000:]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(Path(train.__file__).parent)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [*torchrun, script, *SMALL, "--steps", "2", "--out", runs / "failed"]
+    began = time.monotonic()
+    done = subprocess.run(line, capture_output=True, text=True, timeout=90)
+    measured("seconds until all have ended", time.monotonic() - began, 60)
+    first_error = re.search(r"\w*Error: .*", done.stderr)[0]
+    assert done.returncode != 0 and first_error == "ValueError: the dog ate it", done.stderr[-5000:]
 
 
 # ---------------------------------------------------------------- disks
 
-def small_files(size, number):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def limit_file_size(sizes, rank):
+    """No file that this rank writes can be larger than its size, in bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[rank], sizes[rank]))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("size", [3_000_000, 4_500_000], ids=["weights do not fit", "optimizer does not fit"])
-def test_a_file_that_cannot_be_written_ends_the_run_in_one_sentence_and_it_goes_on_from_the_last_checkpoint(runs, size, ranks):
-    out = halfway(runs, f"full_{size}_{ranks}")
-    refused(run("--resume", "--out", out, ranks=ranks, before=partial(small_files, size // (1 + (ranks - 1) * (size > 4_000_000)))), "cannot be written")
-    assert train.newest_complete(out).name == (out / "latest").read_text() == "step_000002"
+ANY = resource.RLIM_INFINITY
+LIMITS = {   # bytes per rank. Rank 0 writes the weights, 4.0 MB; all ranks share the optimizer, 8.1 MB
+    "weights do not fit": [3_000_000],
+    "optimizer does not fit": [4_500_000],
+    "weights do not fit, 2 ranks": [3_000_000, ANY],
+    "one rank's share of the optimizer does not fit": [ANY, 3_000_000],
+}
+
+
+@pytest.mark.parametrize("sizes", LIMITS.values(), ids=LIMITS.keys())
+def test_a_file_that_cannot_be_written_ends_the_run_in_one_sentence_and_it_can_be_resumed(runs, sizes):
+    ranks = len(sizes)
+    out = first_steps(runs, "limit_" + "_".join(map(str, sizes)))
+    done = run("--resume", "--out", out, ranks=ranks, before=partial(limit_file_size, sizes))
+    refused(done, "cannot be written")
+    assert newest_complete(out).name == (out / "latest").read_text() == "step_000002"
     succeeds("--resume", "--out", out, ranks=ranks)
-    measured("weights against an undisturbed run", difference(runs / "whole", out), 1e-5 * (ranks > 1))
-    assert steps_logged(out) == [1, 2, 3, 4] and set(steps_logged(out, "games.jsonl")) == {1, 2, 3, 4}
+    is_undisturbed(runs, out, 0.0 if ranks == 1 else 1e-5)
 
 
 def mount(folder, options):
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+    mounting = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("mounting needs to be root")
 
 
 def test_a_disk_that_is_full_and_one_that_is_read_only_cost_nothing(runs):
-    out, on_disk = runs / "mounted", halfway(runs, "to_mount")
+    out = runs / "mounted"
+    on_disk = first_steps(runs, "to_mount")
     out.mkdir()
-    mount(out, "size=40m")   # room for the start and two checkpoints of 12 MB, not for three
+    mount(out, "size=40m")   # holds the start (4 MB) and two checkpoints of 12 MB, not three
     try:
         shutil.copytree(on_disk, out, dirs_exist_ok=True)
         refused(run("--resume", "--out", out), "No space left on device")
-        assert train.newest_complete(out).name == (out / "latest").read_text() == "step_000003"
+        assert newest_complete(out).name == (out / "latest").read_text() == "step_000003"
         subprocess.run(["mount", "-o", "remount,ro", out], check=True)
         refused(run("--resume", "--out", out), "cannot be written")
         subprocess.run(["mount", "-o", "remount,rw,size=100m", out], check=True)
         succeeds("--resume", "--out", out)
-        measured("weights against an undisturbed run", difference(runs / "whole", out), 0.0)
+        is_undisturbed(runs, out)
     finally:
         subprocess.run(["umount", out], check=True)
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- damaged checkpoints
 
-def half_a_file(name, folder):
-    os.truncate(folder / name, (folder / name).stat().st_size // 2)
-
-
-def a_missing_file(name, folder):
-    next(folder.glob(name)).unlink()
+def truncate(pattern, folder):
+    """Cut the first file of that name in half."""
+    file = next(folder.glob(pattern))
+    os.truncate(file, file.stat().st_size // 2)
 
 
-def a_turned_byte(name, folder):
-    file = next(folder.glob(name))
-    content = bytearray(file.read_bytes())
-    content[20] ^= 1
-    file.write_bytes(content)
+def remove(pattern, folder):
+    next(folder.glob(pattern)).unlink()
 
 
-DAMAGES = [partial(half_a_file, "model.safetensors"), partial(half_a_file, "tokenizer.json"), partial(half_a_file, "complete.json"), partial(a_missing_file, "optimizer/*"),
-           partial(a_missing_file, "complete.json"), partial(a_turned_byte, "optimizer/*"), partial(a_turned_byte, "config.json")]
+DAMAGES = [
+    partial(truncate, "model.safetensors"),
+    partial(truncate, "tokenizer.json"),
+    partial(truncate, "optimizer/*"),
+    partial(truncate, "complete.json"),
+    partial(remove, "optimizer/*"),
+    partial(remove, "complete.json"),
+]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_used(runs):
-    assert all(train.is_complete(folder) for folder in train.checkpoints(runs / "whole"))
+    assert all(is_complete(folder) for folder in checkpoints(runs / "whole"))
     for n, damage in enumerate(DAMAGES):
-        out = halfway(runs, f"damaged_{n}", step=3)
+        out = first_steps(runs, f"damaged_{n}", steps=3)
         damage(out / "step_000003")
-        assert train.newest_complete(out).name == "step_000002", damage
-    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + '{"step": 5, "as')   # a line that was torn, too
+        assert newest_complete(out).name == "step_000002", damage
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "as')   # a line that a crash cut short
     done = succeeds("--resume", "--out", out)
     assert "step_000003 is not complete" in done.stdout
-    measured("weights against an undisturbed run", difference(runs / "whole", out), 0.0)
-    assert steps_logged(out) == [1, 2, 3, 4]
-    for folder in train.checkpoints(out):
-        half_a_file("model.safetensors", folder)
+    is_undisturbed(runs, out)
+    for folder in checkpoints(out):
+        truncate("model.safetensors", folder)
     refused(run("--resume", "--out", out), "no complete checkpoint")
 
 
-def test_the_newest_checkpoints_and_the_start_are_kept_and_torn_folders_are_cleared_away(runs):
-    out = halfway(runs, "kept")
+def test_an_optimizer_state_of_full_size_that_cannot_be_read_ends_the_resume_in_a_sentence(runs):
+    out = first_steps(runs, "turned")
+    file = next((out / "step_000002").glob("optimizer/*"))
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1   # in the header
+    file.write_bytes(content)
+    done = run("--resume", "--out", out)
+    assert done.returncode == 2 and "its optimizer state cannot be read" in done.stderr.splitlines()[-1], done
+    shutil.rmtree(out / "step_000002")   # as the sentence says
+    succeeds("--resume", "--out", out)
+    is_undisturbed(runs, out)
+
+
+def test_the_start_and_the_newest_checkpoints_are_kept_and_partial_folders_are_removed(runs):
+    out = first_steps(runs, "kept")
     (out / "partial_000003").mkdir()
     (out / "partial_000003" / "model.safetensors").write_text("torn")
     succeeds("--resume", "--keep", "2", "--out", out)
-    assert [folder.name for folder in train.checkpoints(out)] == ["step_000000", "step_000003", "step_000004"] and not list(out.glob("partial_*"))
+    assert [step_number(folder) for folder in checkpoints(out)] == [0, 3, 4]
+    assert not list(out.glob("partial_*"))
 
 
-def test_a_run_goes_on_on_another_number_of_ranks_and_with_the_settings_it_had(runs):
+def test_the_state_of_an_optimizer_that_never_stepped_is_zero_and_its_making_moves_nothing():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    state = checkpoint.optimizer_state(model, optimizer)
+    assert state.keys() == {"step.weight", "exp_avg.weight", "exp_avg_sq.weight",
+                            "step.bias", "exp_avg.bias", "exp_avg_sq.bias"}
+    assert not any(tensor.any() for tensor in state.values()) and optimizer.param_groups[0]["lr"] == 0.1
+    measured("weights", largest_difference(model.state_dict(), before), 0.0)
+    assert state["exp_avg.bias"] is optimizer.state[model.bias]["exp_avg"]
+
+
+# ---------------------------------------------------------------- what a resume may change
+
+def test_a_run_resumes_on_another_number_of_ranks_with_its_own_settings(runs):
     two = runs / "two"
     succeeds("--steps", "4", "--save-every", "2", "--out", two, ranks=2)
-    measured("weights, 2 processes against 1", difference(runs / "whole", two), 1e-5)
+    is_undisturbed(runs, two, 1e-5)
     for ranks in (1, 2, 3):
         out = runs / f"from_two_to_{ranks}"
         shutil.copytree(two, out)
         shutil.rmtree(out / "step_000004")
-        done = finished(start(["--resume", "--out", out], ranks))   # no other flags: the settings are the run's own
-        assert done.returncode == 0, done.stderr[-3000:]
-        measured(f"weights, 2 steps on 2 processes and 2 on {ranks}", difference(two, out), 1e-6 if ranks == 2 else 1e-5)
+        train_succeeds("--resume", "--out", out, ranks=ranks)   # no other flags: config.json has the settings
+        difference = largest_difference(weights(two), weights(out))
+        bound = 1e-6 if ranks == 2 else 1e-5
+        measured(f"weights, 2 steps on 2 processes and 2 on {ranks}", difference, bound)
         assert steps_logged(out) == [1, 2, 3, 4]
 
 
-def test_what_a_resumed_run_may_change_is_said_and_what_it_may_not_is_refused(runs):
-    out = halfway(runs, "changed")
+def test_what_a_resume_may_change_is_said_and_what_it_may_not_is_refused(runs):
+    out = first_steps(runs, "changed")
     refused(run("--resume", "--out", out, "--model", "other"), "begun with toy")
     assert "command line; was 4" in succeeds("--resume", "--out", out, "--steps", "5").stdout
-    assert json.loads((out / "config.json").read_text())["steps"] == 5 and steps_logged(out) == [1, 2, 3, 4, 5]
+    assert '"steps": 5' in (out / "config.json").read_text() and steps_logged(out) == [1, 2, 3, 4, 5]
 
 
-# ---------------------------------------------------------------- chaos
+# ---------------------------------------------------------------- 25 kills
 
-def says_when_met(file, number):
-    """In a rank, before it starts: leave a file once the ranks have met."""
-    def setup(cfg, real=train.setup):
-        ranks = real(cfg)
-        Path(f"{file}_{number}").touch()
+KILLS = 25
+STEPS = 60
+CHAOS = ["--steps", str(STEPS), "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"]
+
+
+def touch_after_setup(file, rank):
+    """Leave a file per rank once the ranks have connected to each other."""
+    setup = train.setup
+
+    def setup_and_touch(cfg):
+        ranks = setup(cfg)
+        Path(f"{file}_{rank}").touch()
         return ranks
-    train.setup = setup
+    train.setup = setup_and_touch
+
+
+def saving(out, began):
+    """Whether a checkpoint is being written that was begun after this time."""
+    try:
+        return any(folder.stat().st_mtime > began for folder in out.glob("partial_*"))
+    except FileNotFoundError:   # it has just been renamed
+        return False
+
+
+def lines_logged(out):
+    log = out / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def moment_to_kill(kill, out, began):
+    """The condition to wait for: in turn at once, during a save, two steps later, during a save."""
+    if kill % 4 == 0:
+        return lambda: True
+    if kill % 4 == 2:
+        newest = newest_complete(out)
+        steps = step_number(newest) if newest else 0
+        return lambda: lines_logged(out) >= steps + 2   # so few that 25 kills come before step 60
+    return lambda: saving(out, began)
+
+
+def kill_once(kill, out, connected, rng):
+    """
+    Start or resume the run, wait for the moment, and kill one rank or all. If one dies, the others end by
+    themselves. Before they have connected, only torchrun would notice a death; then all are killed.
+    """
+    resume = ["--resume"] if newest_complete(out) else []
+    began = time.time()
+    started = start([*SMALL, *CHAOS, "--out", out, *resume], 2, partial(touch_after_setup, connected))
+    reached: Callable[[], bool] = moment_to_kill(kill, out, began)
+    while started.ranks[0].is_alive() and not reached():
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 1.0 if kill % 4 == 0 else 0.05))
+    victims = started.ranks
+    if rng.random() < 0.5 and len(list(connected.parent.glob(f"{connected.name}_*"))) == 2:
+        victims = [started.ranks[rng.integers(2)]]
+    for process in victims:
+        process.kill()
+    for process in started.ranks:
+        process.join(30)
+        assert process.exitcode, "it ended before it was killed, or it waits for a dead rank"
+    shutil.rmtree(started.printed)
 
 
 def test_after_25_kills_at_random_moments_the_weights_are_those_of_an_undisturbed_run(runs):
-    """
-    Kills in a start, after a step, and, every second one, in a save. Each hits all ranks, or one, and then the others end by themselves; but
-    all where they have not met yet: then only torchrun can know of a death.
-    """
-    args, rng, out = ["--steps", "60", "--games", "4", "--max-new-tokens", "12", "--save-every", "1", "--keep", "2"], np.random.default_rng(0), runs / "chaos"
-    begun, torn = time.monotonic(), 0
-    succeeds(*args, "--out", runs / "calm", ranks=2)
-    for kill in range(25):
-        before, born = train.newest_complete(out), time.time()
-        life = start([*SMALL, *args, "--out", out, *["--resume"] * bool(before)], 2, partial(says_when_met, runs / f"met_{kill}"))
-        done = int(before.name.removeprefix("step_")) if before else 0
-        saving = lambda: any(folder.stat().st_mtime > born for folder in out.glob("partial_*"))
-        moment = {0: lambda: True, 2: lambda: lines_logged(out) >= done + 2}.get(kill % 4, saving)   # never late enough for all 60 steps
-        while life.ranks[0].is_alive() and not moment():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05 if kill % 4 else 1.0))
-        met = len(list(runs.glob(f"met_{kill}_*"))) == 2
-        for process in life.ranks if rng.random() < 0.5 or not met else [life.ranks[rng.integers(2)]]:
-            process.kill()
-        for process in life.ranks:
-            process.join(30)
-            assert process.exitcode, "it had ended before it was killed, or a rank waits for a dead one"
-        after = train.newest_complete(out)
-        assert not before or after >= before, "a complete checkpoint was lost"
-        torn += bool(list(out.glob("partial_*")))
-        shutil.rmtree(life.printed)
-    print(f"\n    25 kills in {time.monotonic() - begun:.0f} s, {torn} of them in a save; the last life begins at {after.name}", end="")
-    assert torn >= 8
-    succeeds(*args, "--resume", "--out", out, ranks=2)
-    measured("weights after the kills against the calm run's", difference(runs / "calm", out), 0.0)
-    assert steps_logged(out) == list(range(1, 61)) and not list(out.glob("partial_*"))
+    rng = np.random.default_rng(0)
+    out = runs / "chaos"
+    succeeds(*CHAOS, "--out", runs / "calm", ranks=2)
+    began = time.monotonic()
+    killed_in_save = 0
+    for kill in range(KILLS):
+        before = newest_complete(out)
+        kill_once(kill, out, runs / f"connected_{kill}", rng)
+        after = newest_complete(out)
+        assert not before or step_number(after) >= step_number(before), "a complete checkpoint was lost"
+        killed_in_save += bool(list(out.glob("partial_*")))
+    seconds = time.monotonic() - began
+    print(f"\n    {KILLS} kills in {seconds:.0f} s, {killed_in_save} of them in a save", end="")
+    print(f"; the last resume begins at {after.name}", end="")
+    assert killed_in_save >= 8
+    succeeds(*CHAOS, "--resume", "--out", out, ranks=2)
+    difference = largest_difference(weights(runs / "calm"), weights(out))
+    measured("weights after the kills against the calm run's", difference, 0.0)
+    assert steps_logged(out) == list(range(1, STEPS + 1)) and not list(out.glob("partial_*"))
