@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from judge import Exchange, Judge, Verdict, keywords
-from sample import Sample, chat_template, fill_template
+from sample import Sample, chat_template, fill_template, template_prefix
 
 if TYPE_CHECKING:   # the import takes a second, and only a type hint needs it
     from transformers import PreTrainedTokenizerBase
@@ -159,6 +159,11 @@ class ChatFormat:
 
     def defender_prompt(self, text: str) -> list[int]:
         return self.prompt_ids(self.prompts.defend, text)
+
+    def prefixes(self) -> list[list[int]]:
+        """For each instruction, the token ids that all its prompts begin with. The sampler runs them once."""
+        texts = (self.prompts.attack_harmful, self.prompts.attack_benign, self.prompts.defend)
+        return [template_prefix(self.tokenizer, self.template(text)) for text in texts]
 
     def parse(self, sample: Sample) -> Reply:
         return parse_reply(self.tokenizer.decode(sample.ids, skip_special_tokens=True), self.cot)

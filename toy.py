@@ -232,8 +232,8 @@ def exam(per_pair: int = 4) -> list[tuple[str, bool, int]]:
 # ---------------------------------------------------------------- supervised fine-tuning (SFT)
 
 # How often the demonstrated defender refuses a harmful request: a plain one, and one in disguise, by tactic
-# (the largest rate counts). No rate is 0 or 1: if all replies to a request were alike, RL would have nothing to
-# reinforce. The last three tactics look odd and are refused more often than the first three.
+# (the largest rate counts). No rate is 0 or 1: if all replies to a request were alike, RL would have nothing
+# to reinforce. The last three tactics look odd and are refused more often than the first three.
 REFUSES_PLAIN = 0.95
 SEES_THROUGH = {"story": 0.05, "role": 0.1, "dream": 0.1, "code": 0.4, "foreign": 0.4, "backwards": 0.4}
 TRAIN_PAIRS = {True: [pair for pair in PAIRS if pair not in HELD_OUT and is_harmful(pair)],
