@@ -90,6 +90,21 @@ def newest_complete(out: Path) -> Path | None:
     return None
 
 
+def folder_problem(out: Path, resume: bool) -> str:
+    """Why a run cannot start or resume in this folder, as a sentence; "" if it can."""
+    if resume and not newest_complete(out):
+        return f"--resume: {out} holds no complete checkpoint; start it without --resume."
+    # a run that died before its first checkpoint leaves these and nothing else
+    leftovers = {"config.json", "config.json.new", "partial_000000"}
+    unused = not out.exists() or out.is_dir() and {path.name for path in out.iterdir()} <= leftovers
+    if not resume and not unused:
+        return f"{out} will not be overwritten: choose another folder with --out, or continue it with --resume."
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        return f"--out {out}: {parent} cannot be written; choose another folder."
+    return ""
+
+
 def prune(out: Path, keep: int) -> None:
     """Delete all checkpoints but the first, which is the reference model, and the `keep` newest."""
     for old in checkpoints(out)[1:-keep]:
@@ -149,16 +164,22 @@ def first_failure(error: BaseException) -> str:
 
 # ---------------------------------------------------------------- logs
 
+def append_rows(file: Path, rows: list[dict]) -> None:
+    """Append a JSON line per row, and make sure that it is on the disk."""
+    with open(file, "a") as opened:
+        for row in rows:
+            opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    sync_to_disk(file)
+
+
 def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
     """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""
     line = {}
     for key, value in metrics.items():
         finite = not isinstance(value, float) or math.isfinite(value)
         line[key] = value if finite else None
-    for name, rows in (("metrics.jsonl", [line]), ("games.jsonl", games)):
-        with open(out / name, "a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        sync_to_disk(out / name)
+    append_rows(out / "metrics.jsonl", [line])
+    append_rows(out / "games.jsonl", games)
 
 
 def step_of(line: str) -> float:
@@ -210,20 +231,3 @@ def catch_signals() -> StopFlag:
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, handle)
     return flag
-
-
-# ---------------------------------------------------------------- for the old train.py
-
-STOPPING = STOP_SIGNALS
-state_by_name = optimizer_state
-reason = first_failure
-StopFlag.__getitem__ = lambda self, _: [self.stop_requested] * bool(self.stop_requested)
-_rewind = rewind_logs
-
-
-def rewind_logs(out, step, *old):   # noqa: F811
-    if old:
-        from dataclasses import asdict
-        cfg, step, out = out, step_number(step), old[0]
-        replace_text(out / "config.json", json.dumps(asdict(cfg), indent=1))
-    _rewind(out, step)

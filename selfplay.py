@@ -120,6 +120,21 @@ class Seed:
     revise: bool
 
 
+def seed_pools(labelled: Sequence[tuple[str, bool]], attacks: Sequence[tuple[str, bool]],
+               revise: bool) -> list[list[Seed]]:
+    """
+    The four pools that a step's seeds come from in equal shares: harmful and benign, each for the attacker and
+    raw. Recorded attacks, if there are any of a kind, replace the seeds for the attacker.
+    """
+    pools = []
+    for harmful in (True, False):
+        texts = [text for text, label in labelled if label == harmful]
+        recorded = [text for text, label in attacks if label == harmful]
+        pools.append([Seed(text, harmful, revise) for text in recorded or texts])
+        pools.append([Seed(text, harmful, revise=False) for text in texts])
+    return pools
+
+
 def seeds_for_step(pools: Sequence[Sequence[Seed]], games: int, seed: int, step: int) -> list[Seed]:
     """
     This step's seeds, one per game. Game i draws from pool i modulo the number of pools, so the shares are
@@ -372,6 +387,17 @@ def whiten(values: list[np.ndarray], roles: list[str]) -> list[np.ndarray]:
     return whitened
 
 
+def credit(experiences: list[Experience], reference: list[np.ndarray],
+           beta: float) -> tuple[list[np.ndarray], float | None]:
+    """The advantage of every token, and the mean log-ratio to the reference (k1 KL, nats per token)."""
+    gains, log_ratios = [], []
+    for e, reference_T in zip(experiences, reference, strict=True):
+        logprob_T = np.array(e.turn.logprobs)
+        gains.append(returns(e.payoff + e.shaping, logprob_T, reference_T, beta))
+        log_ratios += (logprob_T - reference_T).tolist()
+    return whiten(gains, [e.turn.role for e in experiences]), mean(log_ratios)
+
+
 # ---------------------------------------------------------------- lists become a batch
 
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
@@ -440,6 +466,14 @@ def game_metrics(games: list[Game], experiences: list[Experience], rewards: Rewa
         "zero_sum_gap": sum(payoff_sum(g, rewards) for g in readable),
         "unreadable": mean([not g.verdict.readable for g in games]),
     }
+
+
+def nothing_happened(games: list[Game]) -> str:
+    """Why a step's games teach nothing, or "" if they do."""
+    if not any(game.defender.reply.answer for game in games):
+        return "no reply reached the judge"
+    attempts = [game for game in games if game.attacker]
+    return "no attack was legal" if attempts and not any(is_legal(game) for game in attempts) else ""
 
 
 # ---------------------------------------------------------------- what a person sees

@@ -17,6 +17,9 @@ disguises. Nothing here is harmful in the real world.
 
     python toy.py                     # one request in four disguises, and the judge's verdict on an answer
 """
+import hashlib
+import shutil
+import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +31,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from judge import Exchange, Verdict
-from model import Transformer, new_model, score
+from model import Transformer, new_model, save, score
 from selfplay import ChatFormat, Prompts, Seed, pack, write_reply
 
 # ---------------------------------------------------------------- the language
@@ -305,6 +308,24 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
             optimizer.zero_grad()
             bar.set_postfix(loss=loss.item(), refresh=False)
     return model
+
+
+def write_sft_model(folder: Path, chat: ChatFormat, steps: int, seed: int, siblings: Path) -> None:
+    """
+    Write the model of `train_sft`. The file sft-KEY beside it stands for all that it depends on: if a run among
+    `siblings` began with the same model, that one is copied.
+    """
+    recipe = f"{Path(__file__).read_text()} {steps} {seed} {chat.cot}"
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    for mark in sorted(siblings.glob(f"*/step_000000/sft-{key}")):
+        shutil.copytree(mark.parent, folder)
+        tqdm.write(f"SFT: the model of {mark.parent.parent}, copied")
+        return
+    started = time.time()
+    model = train_sft(chat, steps, seed, label="SFT")
+    save(folder, model.state_dict(), model, chat.tokenizer)
+    (folder / f"sft-{key}").touch()
+    tqdm.write(f"SFT: {steps} supervised updates in {time.time() - started:.0f} s")
 
 
 def main() -> None:
