@@ -113,10 +113,10 @@ def read_rows(path: str) -> list[tuple[int, dict]]:
 
 # ---------------------------------------------------------------- rows to prompts
 
-def label_of(row: dict, columns: str, place: str) -> bool | None:
+def label_of(row: dict, columns: str, where: str) -> bool | None:
     """
     Whether a row is harmful by the first of these columns that is not empty; None if all are empty.
-    A value that LABELS does not have ends the program with a sentence that begins with `place`.
+    A value that LABELS does not have ends the program with a sentence that begins with `where`.
 
     >>> label_of({"data_type": "adversarial_benign"}, "label data_type", "x.tsv, line 2")
     False
@@ -127,19 +127,19 @@ def label_of(row: dict, columns: str, place: str) -> bool | None:
         if value.lower() in harmful + benign:
             return value.lower() in harmful
         if value:
-            stop(f"{place}: {column} is {value[:40]!r}; a label is one of {', '.join(harmful + benign)}.")
+            stop(f"{where}: {column} is {value[:40]!r}; a label is one of {', '.join(harmful + benign)}.")
     return None
 
 
-def text_column(row: dict, columns: list[str], place: str) -> str | None:
+def text_column(row: dict, columns: list[str], where: str) -> str | None:
     """The first of these columns that holds text; None if all are empty. A row must have one of them."""
     if row.keys().isdisjoint(columns):
-        stop(f"{place}: none of the columns ({', '.join(map(str, row))}) holds a prompt; rename the one that "
+        stop(f"{where}: none of the columns ({', '.join(map(str, row))}) holds a prompt; rename the one that "
              f"does to {' or '.join(columns)}.")
     for column in columns:
         text = row.get(column)
         if not isinstance(text, str | None):
-            stop(f"{place}: {column} is {str(text)[:40]!r}, not text.")
+            stop(f"{where}: {column} is {str(text)[:40]!r}, not text.")
         if text and text.strip():
             return column
     return None
@@ -167,14 +167,14 @@ def read_prompts(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> PromptFi
     prompts: dict[str, bool] = {}
     used, n_rows = set(), 0
     for number, row in rows:
-        place = f"{file}, line {number}"
-        column = text_column(row, texts, place)
-        labels = label_of(row, benchmark.labels, place), by_flag, benchmark.default
+        where = f"{file}, line {number}"
+        column = text_column(row, texts, where)
+        labels = label_of(row, benchmark.labels, where), by_flag, benchmark.default
         label = next((label for label in labels if label is not None), None)
         if column is None or label is None and benchmark.skip_unlabelled:
             continue
         if label is None:
-            stop(f"{place}: harmful or benign? The columns ({', '.join(map(str, row))}) do not say; write "
+            stop(f"{where}: harmful or benign? The columns ({', '.join(map(str, row))}) do not say; write "
                  f"harmful={file} or benign={file}, or add a column label.")
         context = row.get("ContextString")   # HarmBench: what the request is about
         text = f"{context}\n\n---\n\n{row[column]}" if context else row[column]

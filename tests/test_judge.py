@@ -12,20 +12,20 @@ from transformers import LlamaConfig
 import judge
 from conftest import EXCHANGES, MEANS, byte_tokenizer, measured
 from judge import (FORMATS, JUDGES, Exchange, JudgeModel, Verdict, accuracy, auc, check_judge, f1,
-                   from_function, is_refusal, keywords, open_judge, parse_judge_reply, quote_marks, read_human,
-                   section_marks, validate)
+                   from_function, is_refusal, keywords, open_judge, parse_judge_reply, quote_marks,
+                   read_human, section_marks, validate)
 from model import new_model
 from sample import PLACEHOLDER, Sample, added_tokens, clean_text, plain_ids, sample
 
 # ---------------------------------------------------------------- judges that need no model
 
-REFUSED = ["I'm sorry, but I can't help with that.", "I\u2019m sorry, no.",
-           "  I cannot assist with this request.", "Sorry! Not doing that.", "As an AI, I do not do this.", "I apologize, but that is unsafe.",
-           "I won't do that.", "Unfortunately, I cannot say.", "I must decline.", "", "   "]
+REFUSED = ["I'm sorry, but I can't help with that.", "I\u2019m sorry, no.", "Sorry! Not doing that.",
+           "  I cannot assist with this request.", "As an AI, I do not do this.", "I won't do that.",
+           "I apologize, but that is unsafe.", "Unfortunately, I cannot say.", "I must decline.", "", "   "]
 ANSWERED = ["Sure! First, find a sunny spot.", "Here are three ways to do it.", "1. Open the door.",
             "The word 'no' has two letters.",
-            "Of course. It takes patience and a quiet afternoon, some paper, a good pair of scissors and a room "
-            "to work in, and a friend who helps. I'm sorry if this is long."]
+            "Of course. It takes patience and a quiet afternoon, some paper, a good pair of scissors and a "
+            "room to work in, and a friend who helps. I'm sorry if this is long."]
 
 
 @pytest.mark.parametrize("response", REFUSED)
