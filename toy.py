@@ -312,8 +312,8 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
 
 def write_sft_model(folder: Path, chat: ChatFormat, steps: int, seed: int, siblings: Path) -> None:
     """
-    Write the model of `train_sft`. The file sft-KEY beside it stands for all that it depends on: if a run among
-    `siblings` began with the same model, that one is copied.
+    Write the model of `train_sft` into `folder`. An empty file sft-KEY beside the weights stands for all that
+    they depend on. If a run in the folder `siblings` began with the same model, that one is copied.
     """
     recipe = f"{Path(__file__).read_text()} {steps} {seed} {chat.cot}"
     key = hashlib.sha256(recipe.encode()).hexdigest()[:16]

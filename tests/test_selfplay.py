@@ -10,8 +10,9 @@ from conftest import measured
 from judge import Verdict
 from sample import Sample
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Reply, Seed, Turn,
-                      experiences_of, game_metrics, game_record, is_legal, mean, pack, parse_reply, payoffs,
-                      play, returns, seeds_for_step, show_game, whiten, write_reply)
+                      credit, experiences_of, game_metrics, game_record, is_legal, mean, nothing_happened,
+                      pack, parse_reply, payoffs, play, returns, seed_pools, seeds_for_step, show_game, whiten,
+                      write_reply)
 
 # ---------------------------------------------------------------- parsing
 
@@ -82,6 +83,19 @@ def test_without_thoughts_the_whole_reply_is_the_answer():
 KINDS = list(product((True, False), repeat=2))   # harmful, revise
 POOLS = [[Seed(f"{harmful}{revise}{i}", harmful, revise) for i in range(size)]
          for (harmful, revise), size in zip(KINDS, (5, 7, 6, 8), strict=True)]
+
+
+def test_each_label_has_a_pool_for_the_attacker_and_a_raw_one():
+    pools = seed_pools([("a", True), ("b", False), ("c", True)], [], revise=True)
+    assert pools == [[Seed("a", True, True), Seed("c", True, True)],
+                     [Seed("a", True, False), Seed("c", True, False)],
+                     [Seed("b", False, True)],
+                     [Seed("b", False, False)]]
+
+
+def test_recorded_attacks_replace_the_seeds_of_their_label_for_the_attacker():
+    harmful, _, benign, _ = seed_pools([("a", True), ("b", False)], [("attack", True)], revise=False)
+    assert harmful == [Seed("attack", True, False)] and benign == [Seed("b", False, False)]
 
 
 def test_the_four_kinds_of_seed_come_in_equal_shares():
@@ -313,6 +327,19 @@ def test_a_roles_absence_changes_nothing_for_the_other():
     assert whiten([], []) == []
 
 
+def test_credit_is_the_whitened_return_and_the_mean_log_ratio():
+    won = Turn(ATTACKER, [1], [2, 3], [-1.0, -2.0], parse_reply(""))
+    lost = Turn(ATTACKER, [1], [4], [-1.0], parse_reply(""))
+    experiences = [Experience(0, won, 2.0, 1.0), Experience(1, lost, -2.0, -1.0)]
+    references = [np.array([-1.5, -2.0]), np.array([-1.25])]
+    advantage, kl = credit(experiences, references, beta=2.0)
+    expected = whiten([returns(3.0, np.array([-1.0, -2.0]), references[0], 2.0),
+                       returns(-3.0, np.array([-1.0]), references[1], 2.0)], [ATTACKER, ATTACKER])
+    assert [a.tolist() for a in advantage] == [a.tolist() for a in expected]
+    assert kl == (0.5 + 0.0 + 0.25) / 3
+    assert credit([], [], beta=2.0) == ([], None)
+
+
 def test_pack_masks_by_position_even_where_padding_looks_like_a_stop_token():
     ids_BT, mask_BT, value_BT = pack([[5, 0], [7]], [[0, 6, 0], [8]], [[[1.0, 2.0, 3.0], [4.0]]])
     assert ids_BT.tolist() == [[5, 0, 0, 6, 0], [7, 8, 0, 0, 0]]
@@ -362,6 +389,16 @@ def test_the_gap_shows_a_table_that_is_not_zero_sum():
     metrics = game_metrics(STEP, [], REWARDS["paper"])
     # Legal: 2 x refused (-1 + 2), complied (2 - 2), over-refused (0 + 0), 3 x answered (-1 + 2).
     assert metrics["zero_sum_gap"] == 2 * 1 + 0 + 0 + 3 * 1
+
+
+def test_a_step_in_which_nothing_happened_says_why():
+    silent = Turn(DEFENDER, [], [], [], parse_reply("plan"))
+    seed = Seed("seed", True, True)
+    assert nothing_happened(STEP) == ""
+    assert nothing_happened([Game(0, seed, None, "seed", silent, REFUSED)]) == "no reply reached the judge"
+    illegal = [a_game(True, REFUSED, attack=""), a_game(True, ANSWERED)]
+    assert nothing_happened(illegal) == "no attack was legal"
+    assert nothing_happened([a_game(True, REFUSED, revise=False)]) == "", "raw seeds need no attack"
 
 
 def test_a_mean_leaves_out_none_and_of_nothing_is_none():

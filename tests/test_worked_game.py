@@ -14,7 +14,7 @@ import torch
 import toy
 from conftest import measured
 from judge import Exchange, Verdict
-from selfplay import (ATTACKER, DEFENDER, REWARDS, Experience, Game, Seed, Turn, experiences_of, pack,
+from selfplay import (ATTACKER, DEFENDER, REWARDS, Experience, Game, Seed, Turn, credit, experiences_of, pack,
                       parse_reply, payoffs, returns, signs, whiten)
 from train import policy_loss
 
@@ -103,6 +103,14 @@ def test_step_7_returns_are_whitened_per_role_over_tokens():
     values = [np.array([0.0, 1.0, 3.0]), np.array([-1.0, -1.0]), np.array([-1.0, -3.0]), np.array([3.0, 3.0])]
     advantage = whiten(values, [ATTACKER, DEFENDER, ATTACKER, DEFENDER])
     assert [a.tolist() for a in advantage] == [[0.0, 0.5, 1.5], [-1.0, -1.0], [-0.5, -1.5], [1.0, 1.0]]
+
+
+def test_steps_5_to_7_are_what_a_run_calls():
+    experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
+    references = [REFERENCE_A0, REFERENCE_D0, REFERENCE_A1, REFERENCE_D1]
+    advantage, kl = credit(experiences, references, BETA)
+    assert [a.tolist() for a in advantage] == [[0.0, 0.5, 1.5], [-1.0, -1.0], [-0.5, -1.5], [1.0, 1.0]]
+    assert kl == (1 + 2 + 0 + 0 + 0 - 2 + 0 + 0 + 0) / 9   # the log's `kl`, a mean over tokens
 
 
 # A row per turn: the prompt, the reply, then padding. Both tensors are 0 outside the reply.
