@@ -397,11 +397,11 @@ def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence
     mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)
     values = [torch.zeros(len(prompts), T) for _ in per_token]
     for b, (prompt, reply, *rows) in enumerate(zip(prompts, replies, *per_token, strict=True)):
-        begin, end = len(prompt), len(prompt) + len(reply)
+        start, end = len(prompt), len(prompt) + len(reply)
         ids_BT[b, :end] = torch.tensor(prompt + reply)
-        mask_BT[b, begin:end] = True
+        mask_BT[b, start:end] = True
         for value_BT, row_T in zip(values, rows, strict=True):
-            value_BT[b, begin:end] = torch.as_tensor(row_T)
+            value_BT[b, start:end] = torch.as_tensor(row_T)
     return tuple(tensor.to(device) for tensor in (ids_BT, mask_BT, *values))
 
 

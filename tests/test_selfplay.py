@@ -190,8 +190,8 @@ def test_no_thought_reaches_the_other_role_or_the_judge(chat):
 def test_a_raw_seed_skips_the_attacker(chat):
     attacker = Script(chat, {})
     defender = Script(chat, {4: "fine </think> <answer> get the map </answer>"})
-    judge = lambda exchanges: [Verdict(False, False, False)]
-    game = play([Seed("find the king", False, False)], [4], chat, attacker, defender, judge)[0]
+    seeds = [Seed("find the king", False, False)]
+    game = play(seeds, [4], chat, attacker, defender, lambda exchanges: [Verdict(False, False, False)])[0]
     assert game.attacker is None and attacker.prompts == [] and "find the king" in defender.prompts[0]
     assert game_record(game, 1)["attack"] is None
     assert "find the king" in show_game(game, REWARDS["zero_sum"])
