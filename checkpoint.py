@@ -3,14 +3,8 @@ A run folder that survives: written whole or not there, resumed on any number of
 
     write partial_000020/ -> list files in complete.json -> fsync -> rename to step_000020/ -> set `latest`
 
-After a crash a checkpoint is complete or not taken for one: its name begins with "partial_", or a file is
-missing or shorter than complete.json says. train.py writes these folders and resumes from them:
-
-    python train.py --out runs/mine --save-every 20
-    python train.py --out runs/mine --resume
-
-    runs/mine/    config.json  metrics.jsonl  games.jsonl  latest  step_000000/  step_000020/ ...
-    step_000020/  a Hugging Face model folder, optimizer/ (safetensors), complete.json
+A checkpoint is a Hugging Face model folder with the optimizer's state in optimizer/ (safetensors). It counts
+only under its final name, and if every file has the size that complete.json says.
 """
 import json
 import math
@@ -19,19 +13,19 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import stop
+
 MANIFEST = "complete.json"   # in each checkpoint: {file: bytes}
 
-
 # ---------------------------------------------------------------- files
-
 def sync_to_disk(path: Path) -> None:
     """Make the kernel write a file, or a folder's list of names, to the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -47,9 +41,7 @@ def replace_text(path: Path, text: str) -> None:
     new.replace(path)   # atomic on POSIX
     sync_to_disk(path.parent)
 
-
 # ---------------------------------------------------------------- checkpoint folders
-
 def commit(tmp_dir: Path, final_dir: Path) -> None:
     """Make a fully written folder a checkpoint. Its files and their list reach the disk before the rename."""
     files = [path for path in sorted(tmp_dir.rglob("*")) if path.is_file() and path.name != MANIFEST]
@@ -84,25 +76,30 @@ def checkpoints(out: Path) -> list[Path]:
 
 def newest_complete(out: Path) -> Path | None:
     """The checkpoint to resume from, or None."""
-    for folder in reversed(checkpoints(out)):
-        if is_complete(folder):
-            return folder
-    return None
+    return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
 
 
-def folder_problem(out: Path, resume: bool) -> str:
-    """Why a run cannot start or resume in this folder, as a sentence; "" if it can."""
+def check_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder in which a run cannot start, or not resume."""
     if resume and not newest_complete(out):
-        return f"--resume: {out} holds no complete checkpoint; start it without --resume."
+        stop(f"--resume: {out} holds no complete checkpoint; start it without --resume.")
     # a run that died before its first checkpoint leaves these and nothing else
     leftovers = {"config.json", "config.json.new", "partial_000000"}
     unused = not out.exists() or out.is_dir() and {path.name for path in out.iterdir()} <= leftovers
     if not resume and not unused:
-        return f"{out} will not be overwritten: choose another folder with --out, or continue it with --resume."
+        stop(f"{out} will not be overwritten; choose another folder with --out, or add --resume.")
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-        return f"--out {out}: {parent} cannot be written; choose another folder."
-    return ""
+        stop(f"--out {out}: {parent} cannot be written; choose another folder.")
+
+
+def saved_settings(out: Path, names: set[str]) -> dict[str, object]:
+    """The settings of these names that the run in this folder was last started with."""
+    try:
+        settings = json.loads((out / "config.json").read_text())
+        return {name: settings[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
 
 
 def prune(out: Path, keep: int) -> None:
@@ -111,59 +108,45 @@ def prune(out: Path, keep: int) -> None:
         renamed = old.rename(out / f"partial_{old.name}")   # a crash must not leave a checkpoint half deleted
         shutil.rmtree(renamed, ignore_errors=True)
 
-
 # ---------------------------------------------------------------- the optimizer's state
-
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's own tensors (not copies) by name: {"exp_avg.layers.0.down.weight": ...}."""
-    if not optimizer.state:   # new: a step with zero gradients and lr 0 allocates it and moves no weight
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in policy.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for state in optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()   # the step counter is 1 now
+    """AdamW's own tensors (not copies) by name: {"exp_avg.layers.0.mlp.down_proj.weight": ...}."""
     tensors = {}
     for name, parameter in policy.named_parameters():
+        if parameter not in optimizer.state:  # before its first update: what AdamW starts from
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}
         for key, tensor in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = tensor
     return tensors
 
 
-def save_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state to folder/optimizer. Each process calls this and writes its part. OSError: why not."""
-    import torch.distributed.checkpoint as dcp   # slow to import
-    writer = dcp.HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+def transfer(call: Callable, policy: nn.Module, optimizer: torch.optim.Optimizer, **storage: object) -> str:
+    """Run dcp.save or dcp.load on the optimizer's state. Returns one line on why it failed, or ""."""
+    from torch.distributed.checkpoint import CheckpointException
     try:
-        dcp.save(optimizer_state(policy, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        raise OSError(first_failure(error)) from error
+        call(optimizer_state(policy, optimizer), no_dist=not dist.is_initialized(), **storage)
+    except CheckpointException as error:
+        exception, _ = next(iter(error.failures.values()))  # {process: (exception, traceback)}
+        return " ".join(str(exception).split())
+    return ""
 
 
-def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read the state, in place, from folder/optimizer of any number of processes. OSError: why not."""
+def save_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Each process writes its part of the state to folder/optimizer."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+    writer = dcp.HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
+    return transfer(dcp.save, policy, optimizer, storage_writer=writer)
+
+
+def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Read the state in place, whatever number of processes wrote it."""
     import torch.distributed.checkpoint as dcp
     reader = dcp.HuggingFaceStorageReader(str(folder / "optimizer"))
-    try:
-        dcp.load(optimizer_state(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as error:
-        raise OSError(first_failure(error)) from error
-
-
-def first_failure(error: BaseException) -> str:
-    """One line of text from a CheckpointException; its `failures` are {process: (exception, traceback)}."""
-    exception, _ = next(iter(error.failures.values()))
-    return " ".join(str(exception).split())
-
+    return transfer(dcp.load, policy, optimizer, storage_reader=reader)
 
 # ---------------------------------------------------------------- logs
-
 def append_rows(file: Path, rows: list[dict]) -> None:
     """Append a JSON line per row, and make sure that it is on the disk."""
     with open(file, "a") as opened:
@@ -174,10 +157,7 @@ def append_rows(file: Path, rows: list[dict]) -> None:
 
 def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
     """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""
-    line = {}
-    for key, value in metrics.items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        line[key] = value if finite else None
+    line = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
     append_rows(out / "metrics.jsonl", [line])
     append_rows(out / "games.jsonl", games)
 
@@ -199,35 +179,32 @@ def rewind_logs(out: Path, step: int) -> None:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         replace_text(log, "".join(line for line in lines if step_of(line) <= step))
 
-
 # ---------------------------------------------------------------- signals
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 @dataclass
 class StopFlag:
     """The name of the signal that asked the run to stop, or "" as long as none has."""
     stop_requested: str = ""
 
 
+def on_stop_signals(action: Callable | signal.Handlers) -> None:
+    """Set what SIGTERM and SIGINT do."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, action)
+
+
 def catch_signals() -> StopFlag:
     """
-    The first SIGTERM or SIGINT sets the flag: the training loop finishes its step, saves and exits 0. For one
-    second more signals are ignored: on Ctrl-C the terminal signals every process, and torchrun does so again.
-    After that a second signal ends the process at once, even inside a collective: the system's own action is
-    back. Only the first waits for a collective to return, because Python runs handlers between bytecodes.
+    The first signal sets the flag: the training loop finishes its step, saves and exits 0. For one second
+    others are ignored, because a terminal and torchrun both pass Ctrl-C on. Then the system's own action is
+    back: a second signal ends the process at once, even inside a collective.
     """
     flag = StopFlag()
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, signal.SIG_IGN)
+    def handle(number: int, frame: object) -> None:
+        on_stop_signals(signal.SIG_IGN)
         flag.stop_requested = signal.Signals(number).name
         time.sleep(1.0)
-        for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, signal.SIG_DFL)
+        on_stop_signals(signal.SIG_DFL)
 
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, handle)
+    on_stop_signals(handle)
     return flag

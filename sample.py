@@ -389,9 +389,11 @@ def main() -> None:
     args = cli.parse_args()
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
-    run = run_config(args.model)  # a run says how its defender is asked; other models get the bare question
-    opening = run.get("opening", "")
-    prompt = chat_ids(tokenizer, run.get("defender_instruction", "{text}"), args.question, opening)
+    run = run_config(args.model)  # the prompts of its game; other models get the bare question
+    prompts = run.get("prompts", {"defend": "{text}", "layout": ""})
+    opening = "<think>" if run.get("cot") else ""
+    instruction = prompts["defend"] + (prompts["layout"] if opening else "")
+    prompt = chat_ids(tokenizer, instruction, args.question, opening)
     uniform_NT = uniforms(args.seed, 0, [0], 0, args.max_new_tokens)
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
     print(f"{opening} {tokenizer.decode(reply.ids, skip_special_tokens=True).strip()}".strip())

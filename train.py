@@ -7,8 +7,8 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B-Instruct \
         --judge wildguard:allenai/wildguard --seeds harmful=harmful.jsonl benign=benign.jsonl
 
-Algorithm: Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it, without
-a critic or an adaptive KL. `main`, at the end, is the whole algorithm in six numbered phases.
+Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it, without a critic
+or an adaptive KL. `main`, at the end, is the whole algorithm in six numbered phases.
 """
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
 import json
@@ -45,26 +45,23 @@ from kernels.layers import keep_freed_memory
 from kernels.logprob import head_bytes
 from model import Transformer, load, open_tokenizer, save, score, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, clean_text, plain_ids, sample, uniforms
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, THINK_TAG, ChatFormat, Experience, Game, Player,
-                      Seed, credit, experiences_of, game_metrics, game_record, nothing_happened, pack, play,
-                      parse_reply, seed_pools, seeds_for_step, show_game)
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Player, Seed,
+                      credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
+                      play, seed_pools, seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: that takes seconds, and --help should not wait.
-
 # ---------------------------------------------------------------- configuration
-
 # The roles that learn in each mode
 PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}
 
 
 def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
-    """A flag: its default, where that comes from, and what it means."""
     return field(default=default, metadata={"source": source, "help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag of a run. Counts are global: ranks divide them."""
+    """Every flag: its default, where that comes from, what it means. Counts are global: ranks divide them."""
     model: str = opt("toy", "ours", "folder of a checkpoint or run, or hub name; toy: made here by SFT")
     judge: str = opt("toy", "ours", "toy, a name in judge.JUDGES, or FORMAT:MODEL (judge.FORMATS)")
     seeds: list[str] = opt((), "ours", "files of seeds; a column labels them, or harmful=FILE benign=FILE")
@@ -103,14 +100,10 @@ TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 
 MAY_BE_0 = ("kl", "sft_coef", "seed", "max_unreadable", "plan")
 
 
-class Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        stop(f"train.py: {message}; python train.py --help lists the flags.")
-
-
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
-    cli = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    cli.error = lambda message: stop(f"train.py: {message}; python train.py --help lists the flags.")
     special = {bool: {"action": BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
         text = f"{f.metadata['help']} [{f.default}"
@@ -120,14 +113,6 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
 
-
-def saved_settings(out: Path) -> dict[str, object]:
-    """The settings that the run in this folder was last started with."""
-    try:
-        settings = json.loads((out / "config.json").read_text())
-        return {f.name: settings[f.name] for f in fields(Config) if f.name not in ("out", "resume", "plan")}
-    except (OSError, ValueError, KeyError, TypeError):
-        stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
@@ -141,7 +126,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
         rows.append(("toy world", TOY_WORLD))
     judge = args.get("judge", "toy").partition(":")[0]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
-    saved = saved_settings(out) if args.get("resume") and newest_complete(out) else {}
+    names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
+    saved = checkpoint.saved_settings(out, names) if args.get("resume") and newest_complete(out) else {}
     changed = {name: value for name, value in args.items() if value != saved.get(name, value)}
     for name in ("model", "opponent"):
         if name in changed:
@@ -179,13 +165,9 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop(f"--model {cfg.model} needs seeds: add --seeds harmful=FILE benign=FILE.")
     if not toy.is_toy_model(cfg.model) and cfg.judge == "toy":
         stop(f"--model {cfg.model} needs a judge that reads English: add --judge keywords or FORMAT:MODEL.")
-    problem = checkpoint.folder_problem(Path(cfg.out), cfg.resume)
-    if problem:
-        stop(problem)
-
+    checkpoint.check_folder(Path(cfg.out), cfg.resume)
 
 # ---------------------------------------------------------------- the loss
-
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int,
                 clip: float) -> Tensor:
     """
@@ -207,9 +189,7 @@ def step_size(cfg: Config, n: int) -> float:
     cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
     return cfg.lr * min(1.0, (n + 1) / warm_up) * (0.1 + 0.9 * cosine)
 
-
 # ---------------------------------------------------------------- distributed: ranks exist here and in main
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: rank of world, and the device and the precision that it computes in."""
@@ -217,10 +197,6 @@ class Ranks:
     world: int
     device: torch.device
     compute: torch.dtype = torch.float32
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
 
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
@@ -295,7 +271,7 @@ def gather_list(mine: list, ranks: Ranks) -> list:
 
 def stop_all(ranks: Ranks, sentence: str) -> NoReturn:
     """Rank 0 prints the sentence; all ranks exit with status 2."""
-    if ranks.main:
+    if ranks.rank == 0:
         stop(sentence)
     raise SystemExit(2)
 
@@ -303,23 +279,23 @@ def stop_all(ranks: Ranks, sentence: str) -> NoReturn:
 def on_main(ranks: Ranks, write: Callable[[], None]) -> None:
     """Rank 0 writes to the disk while the others wait. If it cannot, all ranks stop."""
     failures = []
-    if ranks.main:
+    if ranks.rank == 0:
         try:
             write()
         except (OSError, SafetensorError) as error:
             failures.append(str(error))
     for failure in gather_list(failures, ranks):  # the others learn of it here
-        stop_all(ranks, f"The run folder cannot be written ({failure}). Complete checkpoints are intact: mend "
-                        "that and go on with --resume.")
+        stop_all(ranks, f"The run folder cannot be written ({failure}). Complete checkpoints are intact: "
+                        "mend that and go on with --resume.")
 
 
 def log0(ranks: Ranks, text: str) -> None:
-    if ranks.main:
+    if ranks.rank == 0:
         tqdm.write(text)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full; every rank must ask for it."""
+def in_full(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, in full; every rank must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -327,34 +303,27 @@ def full_weights(policy: Transformer, ranks: Ranks) -> dict[str, Tensor]:
     """The policy's weights on rank 0's CPU, gathered one after the other; other ranks keep none."""
     weights = {}
     for name, parameter in policy.named_parameters():
-        whole = full_tensor(parameter).detach()
-        if ranks.main:
-            weights[name] = whole.cpu()
+        weight = in_full(parameter).detach()
+        if ranks.rank == 0:
+            weights[name] = weight.cpu()
     return weights
 
 
 def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[int]]:
-    """
-    This rank's micro-batches of row numbers: rows of similar length together, at most `budget` tokens with
-    padding. Every rank gets equally many, the last ones possibly empty, because each pass is a collective.
-    """
+    """This rank's micro-batches of row numbers: similar lengths, at most `budget` tokens with padding."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(row)
         else:
             batches.append([row])
+    # a pass is a collective, so every rank gets equally many; the last ones may be empty
     batches += [[]] * (-len(batches) % ranks.world)
     return batches[ranks.rank::ranks.world]
 
-
 # ---------------------------------------------------------------- the update
-
 def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tuple[list[int], tuple]]:
-    """
-    (row numbers, (ids_BT, mask_BT, value_BT ...)) of this rank's micro-batches. A row is (prompt ids, reply
-    ids, values per reply token ...).
-    """
+    """Numbers and tensors (ids_BT, mask_BT, value_BT ..) of rows (prompt ids, reply ids, token values ..)."""
     for numbers in micro_batches([len(row[0]) + len(row[1]) for row in rows], ranks, cfg.micro_tokens):
         batch = [rows[i] for i in numbers]
         if not batch:  # this rank must pass, too: two tokens that no mask selects weigh nothing
@@ -380,9 +349,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
            ranks: Ranks) -> list[dict[str, float]]:
     """
-    One optimizer update on these turns and on the supervised pairs, skipped if a loss or the gradient is not
-    finite. Returns sums per micro-batch of all ranks, for the log. With one update a step the old policy is
-    the policy itself: old = logprob, detached, and the ratio is exactly 1.
+    One optimizer update on these turns and supervised pairs, skipped if a loss or the gradient is not finite.
+    Returns sums per micro-batch of all ranks, for the log.
     """
     n_tokens = sum(len(e.turn.ids) for e in experiences)
     rows, sums = [], []
@@ -392,7 +360,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
     for _, tensors in packed_batches(rows, cfg, ranks):
         ids_BT, mask_BT, advantage_BT, old_BT, attacker_BT, sampled_BT = tensors
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
-        if cfg.updates == 1:
+        if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
             old_BT = logprob_BT.detach()
         losses = []
         for flag in (1.0, 0.0):  # attacker, defender
@@ -405,7 +373,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
                      "ratio_max": ratio_BT.max().item(), "entropy": entropy_BT.sum().item(),
                      "mismatch": mismatch_BT.sum().item()})
     sums += supervised_backward(policy, pairs, cfg, ranks)
-    norm = full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()  # before clipping to 1
+    norm = in_full(nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()  # before clipping to 1
     sums.append({"grad_norm": norm / ranks.world})  # every rank has the same, and the log sums over ranks
     sums = gather_list(sums, ranks)
     if all(math.isfinite(value) for part in sums for value in part.values()):
@@ -435,18 +403,15 @@ def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) ->
     order = np.random.default_rng((cfg.seed, n, 1)).permutation(len(pairs))
     return [pairs[i] for i in order[:count]]
 
-
 # ---------------------------------------------------------------- measuring a step
-
 def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) -> dict[str, float]:
-    """Means over the step's updates, or per token; and the largest ratio of all."""
-    keys = ("loss_attacker", "loss_defender", "loss_sft", "grad_norm", "skipped", "mismatch", "entropy")
-    total = Counter(dict.fromkeys(keys[:2], 0.0))
+    """Means over the step's updates, or over its tokens; the largest ratio; how many updates were skipped."""
+    over = {"mismatch": max(1, n_tokens), "entropy": max(1, n_tokens), "skipped": 1}
+    total = Counter(dict.fromkeys(("loss_attacker", "loss_defender", *over), 0.0))
     for part in sums:
         total.update(part)  # adds
-    metrics = {"ratio_max": max(part.get("ratio_max", 0.0) for part in sums), "skipped": total["skipped"]}
-    metrics |= {key: total[key] / updates for key in total.keys() & set(keys[:4])}
-    return metrics | {key: total[key] / max(1, n_tokens) for key in keys[5:]}
+    metrics = {key: value / over.get(key, updates) for key, value in total.items()}
+    return metrics | {"ratio_max": max(part.get("ratio_max", 0.0) for part in sums)}
 
 
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
@@ -458,14 +423,9 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
-
 # ---------------------------------------------------------------- memory
-
 def show_plan(cfg: Config, n_gpus: int) -> str:
-    """
-    A Markdown table of the bytes on each of `n_gpus` GPUs, from the models' configs alone: what is always
-    there, and what play and update add, of which the larger counts. CUDA itself takes another 1 to 3 GB.
-    """
+    """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
     from transformers import AutoConfig
     models = []
     for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
@@ -474,65 +434,58 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
                 models.append(Transformer(AutoConfig.from_pretrained(name), name))
         except (OSError, ValueError):
             stop(f"--plan: {name} has no config that can be read; give folders or hub names.")
-    policy_bytes, *others = [2 * sum(p.numel() for p in m.parameters()) for m in models]  # in bf16
+    sizes = [2 * sum(p.numel() for p in model.parameters()) / 2 ** 30 for model in models]  # GiB in bf16
     c = models[0].config
-    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
-    layer = (policy_bytes - embeddings) / c.layers
+    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2) / 2 ** 30
+    layer = (sizes[0] - embeddings) / c.layers
     # what a token leaves in a layer for the backward pass; recomputed: layer inputs, and one layer at a time
     left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
     kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
-    plan = {
-        "always: master weights and Adam moments, fp32": 6 * policy_bytes / n_gpus,
-        "always: reference, judge, opponent": (policy_bytes + sum(others)) / n_gpus + embeddings,
-        "play: policy, judge, opponent in full": policy_bytes + sum(others),
-        "play: cache of keys and values": 4 * CACHE_SLOTS * c.layers * c.kv_heads * c.head_dim,
-        "update: gradients, fp32": 2 * policy_bytes / n_gpus,
-        "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
-        "update: output matrix, in slices": head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda"),
-        "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings),
-    }
-    lines = [f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |"]
-    phase: Counter = Counter()
-    for name, size in plan.items():
-        phase[name.partition(":")[0]] += size / 2 ** 30
-        lines.append(f"| {name} | {size / 2 ** 30:.1f} |")
-    peak = phase["always"] + max(phase["play"], phase["update"])
-    fitting = [f"fits GPUs of {size} GB" for size in (24, 40, 48, 80, 96, 141, 180) if peak + 3 < size]
-    return "\n".join([*lines, f"| peak: {[*fitting, 'fits no GPU'][0]} | {peak:.1f} |"])
-
+    cache = 4 * CACHE_SLOTS * c.layers * c.kv_heads * c.head_dim / 2 ** 30
+    head = head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda") / 2 ** 30
+    plan = {"master weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
+            "reference, judge, opponent, sharded": sum(sizes) / n_gpus + embeddings,
+            "play: policy, judge, opponent in full": sum(sizes), "play: keys and values": cache,
+            "update: gradients, fp32": 2 * sizes[0] / n_gpus, "update: output matrix, in slices": head,
+            "update: activations": cfg.micro_tokens * (kept + 2 * c.dim) / 2 ** 30,
+            "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
+    smaller = min(sum(plan[name] for name in plan if name.startswith(phase)) for phase in ("play", "update"))
+    peak = sum(plan.values()) - smaller
+    # CUDA itself takes another 1 to 3 GB
+    fitting = [f"fits GPUs of {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak + 3 < gb]
+    plan[f"peak: {[*fitting, 'fits no GPU'][0]}"] = peak
+    rows = [f"| {name} | {size:.1f} |" for name, size in plan.items()]
+    return "\n".join([f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |", *rows])
 
 # ---------------------------------------------------------------- inputs
-
-def read_sft(cfg: Config) -> list[tuple[str, str]]:
-    """(prompt, response) of every line; with thoughts on, a response is a whole reply, thought included."""
-    pairs = []
-    for number, prompt, response in read_pairs(cfg.sft) if cfg.sft else ():
-        if not parse_reply(response, cfg.cot).well_formed:
-            stop(f"{cfg.sft}, line {number}: the response is not 'thought </think> <answer> text </answer>'; "
-                 "mend it, or train with --no-cot.")
-        pairs.append((prompt, response))
-    return pairs
-
-
 def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
-    """
-    The pools of seeds, and a line on every file. A mode of play is a choice of seeds: without an attacker none
-    is revised, and recorded attacks replace those that would have been.
-    """
+    """The pools of seeds, and a line on every file. Without an attacker, no seed is revised."""
     import toy
     seed_files = [read_prompts(path) for path in cfg.seeds]
     attack_files = [read_prompts(cfg.attacks, ATTACK_COLUMNS)] if cfg.attacks else []
     labelled = [row for file in seed_files for row in file.rows] or toy.seeds()
     attacks = [row for file in attack_files for row in file.rows]
-    for kind, harmful in (("harmful", True), ("benign", False)):
-        if harmful not in {label for _, label in labelled}:
-            stop(f"--seeds: no {kind} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
+    if len({label for _, label in labelled}) < 2:
+        kind = "benign" if labelled[0][1] else "harmful"
+        stop(f"--seeds: no {kind} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
     pools = seed_pools(labelled, attacks, revise=cfg.play != "defender" or bool(cfg.opponent))
     return pools, [file.summary for file in seed_files + attack_files]
 
 
+def read_sft(cfg: Config, chat: ChatFormat) -> list[tuple[list[int], list[int]]]:
+    """The supervised pairs as token ids; with thoughts on, a response is a whole reply, thought included."""
+    pairs = []
+    for number, prompt, response in read_pairs(cfg.sft) if cfg.sft else ():
+        if not parse_reply(response, cfg.cot).well_formed:
+            stop(f"{cfg.sft}, line {number}: the response is not 'thought </think> <answer> text </answer>'; "
+                 "mend it, or train with --no-cot.")
+        response_ids = plain_ids(chat.tokenizer, response) + [chat.tokenizer.eos_token_id]
+        pairs.append((chat.defender_prompt(prompt), response_ids))
+    return pairs
+
+
 def open_game(cfg: Config, origin: str, ranks: Ranks) -> tuple[ChatFormat, str, Judge]:
-    """How this model's players are asked, the name of its world, and the judge. The model decides the world."""
+    """How the players of this model are asked, its world, which follows from the model, and the judge."""
     import toy
     tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
     world = "toy" if toy.is_toy_model(origin) else "english"
@@ -543,31 +496,25 @@ def open_game(cfg: Config, origin: str, ranks: Ranks) -> tuple[ChatFormat, str, 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
     """Refuse replies that a context of so many tokens cannot hold. A defender's prompt holds an attack."""
     seeds = [seed for pool in pools for seed in pool]
-    seeds.sort(key=lambda seed: -len(clean_text(seed.text).encode()))
-    revised = [seed for seed in seeds if seed.revise][:8]  # the longest in bytes have nearly the most tokens
-    lengths = [len(chat.attacker_prompt(seed)) for seed in revised]
-    lengths += [len(chat.defender_prompt(seed.text)) for seed in seeds[:8] if not seed.revise]
-    most = context - max(lengths)
+    seeds.sort(key=lambda seed: -len(clean_text(seed.text).encode()))  # in bytes: nearly the order in tokens
+    revised = [seed for seed in seeds if seed.revise][:8]
+    most = min(context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8])
     if revised:
         most = min(most, (context - len(chat.defender_prompt(""))) // 2)
+        most = min(most, *(context - len(chat.attacker_prompt(seed)) for seed in revised))
     if cfg.max_new_tokens > most:
         advice = f"choose at most {most}" if most > 0 else f"drop the seed that begins {seeds[0].text[:40]!r}"
-        stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of {cfg.model}'s {context} tokens; "
-             f"{advice}.")
-
+        stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of the {context} tokens; {advice}.")
 
 # ---------------------------------------------------------------- the run folder
-
 def prepare_folder(cfg: Config, chat: ChatFormat, world: str, model: Transformer | None,
                    newest: Path | None) -> None:
     """Write config.json, then the model of step 0, or, on resuming, the logs up to the newest checkpoint."""
     import toy
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    # how the defender is asked travels with the run, for whoever opens its model (sample.py)
-    asked = {"world": world, "defender_instruction": chat.prompts.defend + chat.prompts.layout * cfg.cot,
-             "opening": THINK_TAG * cfg.cot}
-    checkpoint.replace_text(out / "config.json", json.dumps(asdict(cfg) | asked, indent=1))
+    settings = asdict(cfg) | {"world": world, "prompts": asdict(chat.prompts)}  # they travel with the model
+    checkpoint.replace_text(out / "config.json", json.dumps(settings, indent=1))
     if newest:
         checkpoint.rewind_logs(out, step_number(newest))  # later steps run again
         return
@@ -584,24 +531,18 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
                     chat: ChatFormat, keep: int, ranks: Ranks) -> None:
     """The weights, then each rank's part of the optimizer's state; committed when all is written."""
     tmp_dir = out / f"partial_{step:06d}"
-    failure = ""
     on_main(ranks, partial(save, tmp_dir, full_weights(policy, ranks), policy, chat.tokenizer))
-    try:
-        checkpoint.save_optimizer(tmp_dir, policy, optimizer)
-    except OSError as error:
-        failure = str(error)
+    problem = checkpoint.save_optimizer(tmp_dir, policy, optimizer)
 
     def finish() -> None:
-        if failure:
-            raise OSError(failure)
+        if problem:
+            raise OSError(problem)
         checkpoint.commit(tmp_dir, out / f"step_{step:06d}")
         checkpoint.prune(out, keep)
     on_main(ranks, finish)
 
 
-
 # ---------------------------------------------------------------- the run
-
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
 SHOW_EVERY = 25       # steps between two games printed as text
@@ -612,7 +553,8 @@ def make_player(model: Transformer, role: str, stops: list[int], chat: ChatForma
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
         uniform_NT = uniforms(cfg.seed, step, numbers, (ATTACKER, DEFENDER).index(role), cfg.max_new_tokens)
-        return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), role * ranks.main)
+        label = role if ranks.rank == 0 else ""
+        return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
 
 
@@ -622,7 +564,7 @@ def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> N
     unreadable = sum(not game.verdict.readable for game in judged)
     if unreadable > cfg.max_unreadable * len(judged):
         stop_all(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts of {cfg.judge} cannot be read, "
-                        f"more than --max-unreadable {cfg.max_unreadable} allows; give a judge of that format.")
+                        f"more than --max-unreadable {cfg.max_unreadable}; give a judge of that format.")
 
 
 def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
@@ -631,13 +573,6 @@ def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
     processes = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}"
     return "\n".join([*lines, f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}"])
 
-
-def examine(world: str, out: Path) -> None:
-    """The end of a run: the held-out exam of the embedded world, before and after, and the curves."""
-    evaluate = [sys.executable, str(Path(__file__).parent / "eval.py")]
-    if world == "toy":
-        subprocess.run([*evaluate, "bench", out / "step_000000", out], check=True)
-    subprocess.run([*evaluate, "plot", out], check=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -648,7 +583,6 @@ def main(argv: list[str] | None = None) -> None:
         print(show_plan(cfg, cfg.plan))
         return
     pools, summaries = read_seeds(cfg)
-    texts = read_sft(cfg)
     ranks = setup(cfg)
     out = Path(cfg.out)
     newest = newest_complete(out) if cfg.resume else None
@@ -659,8 +593,7 @@ def main(argv: list[str] | None = None) -> None:
     if model:
         check_lengths(cfg, pools, chat, model.hf_config.max_position_embeddings)
     opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
-    end = [chat.tokenizer.eos_token_id]
-    pairs = [(chat.defender_prompt(prompt), plain_ids(chat.tokenizer, text) + end) for prompt, text in texts]
+    pairs = read_sft(cfg, chat)
     log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in summaries)]))
     if ranks.device.type == "cuda" and world != "toy":
         log0(ranks, show_plan(cfg, ranks.world))
@@ -668,7 +601,7 @@ def main(argv: list[str] | None = None) -> None:
     # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
     for folder in checkpoint.checkpoints(out):
         if step_number(folder) > first:
-            log0(ranks, f"  {folder} is not complete: ignored, its step runs again")
+            log0(ranks, f"  {folder} is not complete: ignored, and made again")
     on_main(ranks, partial(prepare_folder, cfg, chat, world, model, newest))
     policy = shard(model or load(str(out / "step_000000")), ranks)  # one full model on the CPU at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
@@ -677,12 +610,9 @@ def main(argv: list[str] | None = None) -> None:
     attacker_model = frozen if cfg.play == "defender" and cfg.opponent else policy
     defender_model = frozen if cfg.play == "attacker" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if first:
-        try:
-            checkpoint.load_optimizer(newest, policy, optimizer)
-        except OSError as error:
-            stop_all(ranks, f"{newest}: its optimizer state cannot be read ({error}); remove the folder to "
-                            "go on from the one before.")
+    problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
+    if problem:
+        stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     judge = judge_on_demand(judge, ranks)
     stops = stop_ids(policy, chat.tokenizer)
     rewards = REWARDS[cfg.reward]
@@ -694,9 +624,8 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(first, cfg.steps):
         started = time.time()
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
-        share = cfg.games // ranks.world
         seeds = seeds_for_step(pools, cfg.games, cfg.seed, step)
-        mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+        mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         mine = [n for n in mine if cfg.play != "attacker" or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
@@ -711,15 +640,15 @@ def main(argv: list[str] | None = None) -> None:
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
         experiences = experiences_of(games, rewards, PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks)
-        # with one update the old policy is the policy itself, see `update`: these stand in, unread
-        old = rescore(policy, experiences, cfg, ranks) if cfg.updates > 1 else reference_logprob
         advantage, kl = credit(experiences, reference_logprob, cfg.kl)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
+        old = reference_logprob  # stands in: one update does not read it
         order = np.arange(len(experiences))
-        if cfg.updates > 1:
-            order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
         sums = []
+        if cfg.updates > 1:
+            old = rescore(policy, experiences, cfg, ranks)
+            order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
         for n, part in enumerate(np.array_split(order, cfg.updates), step * cfg.updates):
             for group in optimizer.param_groups:
                 group["lr"] = step_size(cfg, n)
@@ -727,11 +656,12 @@ def main(argv: list[str] | None = None) -> None:
             sums += update(policy, optimizer, *batch, draw_pairs(pairs, cfg, n), cfg, ranks)
             skipped = skipped + 1 if "skipped" in sums[-1] else 0
             if skipped:  # keep what it was to learn from, for whoever looks for the cause
-                kept = [asdict(e) | {"advantage": advantage_T.tolist()} for e, _, advantage_T in zip(*batch)]
-                on_main(ranks, partial(checkpoint.append_rows, out / f"skipped_{step + 1:06d}_{n}.jsonl", kept))
+                file = out / f"skipped_{step + 1:06d}_{n}.jsonl"
+                turns = [asdict(e) | {"advantage": values_T.tolist()} for e, _, values_T in zip(*batch)]
+                on_main(ranks, partial(checkpoint.append_rows, file, turns))
         if skipped >= MAX_SKIPPED:
-            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or a gradient that is "
-                            f"not finite. Their turns are in {out}/skipped_*.jsonl; lower --lr and --resume.")
+            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or gradient that is not "
+                            f"finite. Their turns are in {out}/skipped_*.jsonl; lower --lr and --resume.")
 
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
@@ -751,23 +681,24 @@ def main(argv: list[str] | None = None) -> None:
         dead = dead + len(games) if warning and dead is not None else None
         if dead and dead >= MAX_DEAD_GAMES:
             stop_all(ranks, f"step {step + 1}: {warning} in the first {dead} games. Read {out}/games.jsonl, "
-                            "then give a --model that plays this game, another --judge, or --no-cot.")
+                            "then change --model or --judge, or try --no-cot.")
 
         # 6. save
         signals = gather_list([flag.stop_requested] * bool(flag.stop_requested), ranks)  # any rank's will do
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or signals:
             save_checkpoint(out, step + 1, policy, optimizer, chat, cfg.keep, ranks)
         if signals:
-            log0(ranks, f"{signals[0]}: stopped after step {step + 1} of {cfg.steps}; all is saved, and "
-                        "--resume goes on from there.")
+            log0(ranks, f"{signals[0]}: stopped after step {step + 1} of {cfg.steps}; go on with --resume.")
             break
 
-    for number in checkpoint.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    checkpoint.on_stop_signals(signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if ranks.main and cfg.exam and not signals:
-        examine(world, out)
+    if ranks.rank == 0 and cfg.exam and not signals:  # the held-out exam, before and after, and the curves
+        evaluate = [sys.executable, Path(__file__).parent / "eval.py"]
+        if world == "toy":
+            subprocess.run([*evaluate, "bench", out / "step_000000", out], check=True)
+        subprocess.run([*evaluate, "plot", out], check=True)
 
 
 if __name__ == "__main__":
