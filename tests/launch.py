@@ -6,7 +6,7 @@ What tests of whole runs share: train.py on one or more processes, started fast,
     processes = start(["--steps", 3]); ...; done = finished(processes)
     run(ranks=3, instead=function_of_the_rank)             any other function on three processes
 
-A new Python needs seconds to import torch. A fork server (multiprocessing) imports everything once; each process
+A new Python needs seconds to import torch. A fork server (multiprocessing) imports everything once; a process
 of a run is a fork of it and starts in 0.1 s. Its output goes to files, one per process and stream.
 """
 import json
