@@ -1,4 +1,9 @@
-"""Compile every kernel for sm_90 on a machine without a GPU, and print what came out as JSON. Run by test_kernels.py."""
+"""
+Compile every Triton kernel for Hopper (sm_90) on a machine without a GPU, and print what came out as JSON:
+spilled bytes, shared memory, registers, and whether the kernel uses tensor cores.
+
+    python tests/cross_compile.py        # test_kernels.py runs it, too; TRITON_INTERPRET must not be set
+"""
 import inspect
 import json
 import re
@@ -15,39 +20,70 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from kernels import layers_triton, logprob_triton
 
-ELEMENT = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-FIXED = {name: "*fp32" for name in ("max_ptr", "sum_ptr", "moment_ptr", "target_ptr", "lse_ptr", "upstream_ptr", "r_ptr", "mask_ptr", "mixed_ptr")} | \
-    {"ids_ptr": "*i64", "slot_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
-HEADS = dict(BLOCK_G=16, BLOCK_E=128)   # of Llama-3.1-8B and Qwen2.5-7B
-TILES = {"norm_kernel": dict(BLOCK=4096), "swiglu_kernel": dict(BLOCK=1024), "merge_kernel": HEADS,
-         "split_kernel": dict(SPLIT=layers_triton.SPLIT, UPCAST=False, **HEADS)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {   # of the arguments that do not have the dtype of the model
+    "ids_ptr": "*i64", "length_ptr": "*i64", "lse_ptr": "*fp32", "grad_ptr": "*fp32",
+    "scale": "fp32", "eps": "fp32",
+}
+ALIGNED = ("D", "E", "ffn_dim")   # sizes that are multiples of 16 in every real model; the vocabulary is not
+HEAD = {"BLOCK_G": 16, "BLOCK_E": 128}   # of Llama-3.1-8B and Qwen2.5-7B
 
 
-def tile_of(name, dtype):
-    if name in TILES:
-        keys = {"BLOCK_S": layers_triton.at_once(dtype)} if name == "split_kernel" else {}
-        return TILES[name] | keys | {"num_warps": layers_triton.WARPS[name], "num_stages": 3}
-    return logprob_triton.tiles(dtype) | {"UPCAST": False}
+def constants_of(name: str, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and options that a launch for a real model would choose."""
+    if name == "norm_kernel":
+        return {"BLOCK": 4096}
+    if name == "swiglu_kernel":
+        return {"BLOCK": 1024}
+    if name == "attend_kernel":
+        return {"BLOCK_S": layers_triton.keys_per_tile(dtype), **HEAD}
+    return {"UPCAST": False, **logprob_triton.tile_sizes(dtype)}
 
 
-def compile_for_hopper(kernel, dtype):
-    """Pointers and widths divisible by 16, as in every real model; the vocabulary is ragged."""
-    constants = tile_of(kernel.fn.__name__, dtype)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    names = list(inspect.signature(kernel.fn).parameters)
-    signature = {name: "constexpr" if name in constants else FIXED.get(name, ELEMENT[dtype] if name.endswith("_ptr") else "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr") or name in ("D", "E", "I")}
-    made = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+def type_of(argument: str, kernel: str, dtype: str) -> str:
+    """The Triton type of one argument."""
+    if argument == "out_ptr" and kernel == "forward_kernel":
+        return "*fp32"
+    return TYPES.get(argument, f"*{dtype}" if argument.endswith("_ptr") else "i32")
+
+
+def compile_for_hopper(kernel: triton.JITFunction, dtype: str) -> dict[str, int | bool]:
+    """Compile one kernel and read the resources that it uses from its cubin."""
+    name = kernel.fn.__name__
+    constants = constants_of(name, DTYPES[dtype])
+    options = {key: constants.pop(key, default) for key, default in (("num_warps", 4), ("num_stages", 3))}
+    arguments = list(inspect.signature(kernel.fn).parameters)
+    signature = {a: "constexpr" if a in constants else type_of(a, name, dtype) for a in arguments}
+    attributes = {}
+    for i, argument in enumerate(arguments):
+        if argument.endswith("_ptr") or argument in ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(made.asm["cubin"])
+        Path(file.name).write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        used = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used.stdout + used.stderr)}
-    return {"tensor_cores": "wgmma" in made.asm["ptx"] or "mma.sync" in made.asm["ptx"], "shared": made.metadata.shared,
-            "spilled_bytes": usage["STACK"] + usage["LOCAL"], "registers": usage["REG"]}
+        command = [tool, "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    numbers = re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout + done.stderr)
+    usage = {key: int(value) for key, value in numbers}
+    ptx = compiled.asm["ptx"]
+    return {
+        "tensor_cores": "wgmma" in ptx or "mma.sync" in ptx,
+        "shared": compiled.metadata.shared,
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "registers": usage["REG"],
+    }
+
+
+def main() -> None:
+    results = {}
+    for file in (layers_triton, logprob_triton):
+        for name, kernel in vars(file).items():
+            if name.endswith("_kernel"):
+                results |= {f"{name} {dtype}": compile_for_hopper(kernel, dtype) for dtype in DTYPES}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    kernels = {name: value for file in (logprob_triton, layers_triton) for name, value in vars(file).items() if name.endswith("_kernel")}
-    print(json.dumps({f"{name} {word}": compile_for_hopper(kernel, dtype) for name, kernel in kernels.items()
-                      for word, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}))
+    main()
