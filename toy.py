@@ -315,8 +315,9 @@ def write_sft_model(folder: Path, chat: ChatFormat, steps: int, seed: int, sibli
     Write the model of `train_sft` into `folder`. An empty file sft-KEY beside the weights stands for all that
     they depend on. If a run in the folder `siblings` began with the same model, that one is copied.
     """
-    recipe = f"{Path(__file__).read_text()} {steps} {seed} {chat.cot}"
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    root = Path(__file__).parent
+    code = [file.read_text() for file in sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])]
+    key = hashlib.sha256(f"{code} {steps} {seed} {chat.cot}".encode()).hexdigest()[:16]
     for mark in sorted(siblings.glob(f"*/step_000000/sft-{key}")):
         shutil.copytree(mark.parent, folder)
         tqdm.write(f"SFT: the model of {mark.parent.parent}, copied")
