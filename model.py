@@ -17,7 +17,7 @@ layers, N tokens or turns in a flat list, I the width of the feed-forward layer.
 """
 from __future__ import annotations
 
-import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
+import kernels  # before torch, which reads the OpenMP setting in there
 import json
 import math
 import sys
@@ -461,6 +461,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         reason = str(error).splitlines()[0]
         stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged or of another shape, "
              "give another.")
+    kernels.set_threads(sum(p.numel() for p in model.parameters()))
     return model
 
 

@@ -1,9 +1,26 @@
 """
-The few formulas that everything rests on, in PyTorch and in Triton; and how a CPU's threads wait.
+The few formulas that everything rests on, in PyTorch and in Triton; and how a CPU's threads behave.
+
+A model of a few million parameters computes on one thread: its matmuls are too short to share. Threads of
+larger models share them, and sleep while they wait for each other: OpenMP lets them spin by default, and on a
+machine that others use too, a spinning thread keeps the core from the very thread that it waits for. Then a
+step takes 4 to 20 times as long. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay.
 """
 import os
 
-# OpenMP's threads spin while they wait for each other. On a machine that others use too, a spinning thread
-# takes the core from the very thread that it waits for, and a step becomes many times slower. PASSIVE lets
-# them sleep. OpenMP reads this when torch is imported, so every command imports this package first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, so this goes first
+
+import torch  # noqa: E402
+
+SMALL_MODEL = 10_000_000  # parameters
+ALL_THREADS = torch.get_num_threads()
+BY_USER = "OMP_NUM_THREADS" in os.environ
+
+if not BY_USER:
+    torch.set_num_threads(1)
+
+
+def set_threads(n_parameters: int) -> None:
+    """Give a model of this size all threads if it can use them."""
+    if n_parameters > SMALL_MODEL and not BY_USER:
+        torch.set_num_threads(ALL_THREADS)
