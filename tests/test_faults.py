@@ -148,10 +148,10 @@ def test_an_update_that_is_not_finite_is_skipped_on_all_ranks_and_its_batch_is_k
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0] and lines[1]["loss_attacker"] is None
     numbers = [value for line in lines for value in line.values() if isinstance(value, float)]
     assert numbers and all(np.isfinite(numbers))
-    turns = rows(out / "skipped_000002_1.jsonl")
-    assert turns
-    for turn in turns:
-        assert len(turn["ids"]) == len(turn["advantage"]) == len(turn["logprobs"])
+    skipped = rows(out / "skipped_000002_1.jsonl")
+    assert skipped
+    for row in skipped:
+        assert len(row["turn"]["ids"]) == len(row["turn"]["logprobs"]) == len(row["advantage"])
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
@@ -171,12 +171,12 @@ FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-whiten = train.whiten
+credit = train.credit
 def failing(*args):
     if os.environ["RANK"] == "1":
         raise ValueError("the dog ate it")
-    return whiten(*args)
-train.whiten = failing
+    return credit(*args)
+train.credit = failing
 train.main()
 """
 
