@@ -49,9 +49,7 @@ def stop(sentence: str) -> NoReturn:
     print(sentence, file=sys.stderr, flush=True)
     raise SystemExit(2)
 
-
 # ---------------------------------------------------------------- configuration
-
 @dataclass(frozen=True)
 class ModelConfig:
     """What the formulas below need to know of a Hugging Face config."""
@@ -128,9 +126,7 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
         qk_norm=kind == "qwen3",
     )
 
-
 # ---------------------------------------------------------------- the key-value cache
-
 class Cache:
     """
     Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1.
@@ -178,9 +174,7 @@ class Cache:
         self.block_2LBKSE = self.block_2LBKSE[:, :, rows]
         self.length_B = self.length_B[rows]
 
-
 # ---------------------------------------------------------------- rotary positions
-
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """
     frequency_E2: radians per position of each pair of channels (Su et al., arXiv 2104.09864).
@@ -218,9 +212,7 @@ def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
     # x * cos + swapped * sin, in place in the copy
     return swapped_BTHE.mul_(sin_BT1E).addcmul_(x_BTHE, cos_BT1E)
 
-
 # ---------------------------------------------------------------- layers
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -307,9 +299,7 @@ class Block(nn.Module):
         _, key_BKTE, value_BKTE = self.self_attn.project(self.input_layernorm(x_BTD), rotation_BT2E)
         cache.append(layer, key_BKTE, value_BKTE)
 
-
 # ---------------------------------------------------------------- the model
-
 class Transformer(nn.Module):
     """Parameters are named as in Hugging Face checkpoints, without `model.` and with FUSED matrices."""
 
@@ -382,9 +372,7 @@ def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor,
     zeros_BT = torch.zeros(ids_BT.shape, device=ids_BT.device)
     return zeros_BT.masked_scatter(target_BT, logprob_N), zeros_BT.masked_scatter(target_BT, entropy_N)
 
-
 # ---------------------------------------------------------------- weights come and go
-
 def new_model(hf_config: PreTrainedConfig, seed: int) -> Transformer:
     """Random init, a function of the seed alone: weights normal (`initializer_range`), norms 1, biases 0."""
     model = Transformer(hf_config)
@@ -459,8 +447,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
             model.generation = GenerationConfig.from_pretrained(folder)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
-        stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged or of another shape, "
-             "give another.")
+        stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
     kernels.set_threads(sum(p.numel() for p in model.parameters()))
     return model
 
@@ -487,8 +474,8 @@ def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
 def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply, by the generation config and by the tokenizer."""
     listed = model.generation.eos_token_id  # None, one id, or several
-    ids = set(listed) if isinstance(listed, list) else {listed}
-    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+    ids = listed if isinstance(listed, list) else [listed]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 # Checkpoints hold these matrices one by one; here each group is one matrix, so that it is one matmul.
@@ -549,26 +536,21 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
     model.generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-
 # ---------------------------------------------------------------- the command line
-
 @torch.no_grad()
 def main() -> None:
     cli = ArgumentParser(description="Compare our logits with those of transformers, on random tokens.")
     cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
     args = cli.parse_args()
     from transformers import AutoModelForCausalLM, LlamaConfig
-    if args.model:
-        ours = load(args.model)
-    else:
-        small = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-        ours = new_model(LlamaConfig(**small, num_attention_heads=4, num_key_value_heads=2), seed=0)
+    size = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    small = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2)
+    ours = load(args.model) if args.model else new_model(small, seed=0)
     theirs = AutoModelForCausalLM.from_config(ours.hf_config, dtype=torch.float32).eval()
     theirs.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied)
     ids_BT = torch.randint(ours.config.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
     theirs_BTV = theirs(ids_BT).logits
-    print(f"{sum(p.numel() for p in ours.parameters()):,} parameters, {ours.config}")
     difference = (ours_BTV - theirs_BTV).abs().max()
     print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {difference:.1e}, "
           f"where the largest logit is {theirs_BTV.abs().max():.1f}")

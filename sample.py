@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
 
-
 # ---------------------------------------------------------------- text to tokens
-
 def clean_text(text: str) -> str:
     """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
@@ -118,9 +116,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, op
     """A prompt's token ids. `instruction` is ours and contains {text}; `text` never becomes markup."""
     return fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [text])
 
-
 # ---------------------------------------------------------------- drawing a token
-
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
     """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) alone."""
     rows = [np.random.default_rng((seed, step, game, turn)).random(length) for game in games]
@@ -139,9 +135,7 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
 
-
 # ---------------------------------------------------------------- prompts to cached keys and values
-
 CACHE_SLOTS = 65_536   # rows x slots of a batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
 PREFILL_SLOTS = {"cpu": 1_024, "cuda": 16_384}  # rows x slots of one prefill pass
 MIN_PREFIX = 32        # tokens; a shorter shared prefix saves less than its own pass costs
@@ -233,9 +227,7 @@ class PromptQueue:
             self.run_next_pass()
         return [self.ready.popleft() for _ in range(min(count, len(self.ready)))]
 
-
 # ---------------------------------------------------------------- decoding
-
 MIN_ROWS = 16         # on a CPU: with fewer, matmuls round differently, and sampler and trainer disagree
 COMPACT_BELOW = 0.75  # a CPU batch drops its free rows when no more than this share of its rows is active
 
@@ -326,9 +318,7 @@ class DecodeBatch:
         logprobs = self.logprob_B.tolist()
         return [(b, n, tokens[b], logprobs[b]) for b, n in enumerate(self.prompt_B) if n is not None]
 
-
 # ---------------------------------------------------------------- prompts to replies
-
 Done = Callable[[list[int]], bool] | None  # whether a reply that begins with these tokens may end here
 
 
@@ -376,16 +366,13 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     bar.close()
     return replies
 
-
 # ---------------------------------------------------------------- the command line
-
 def main() -> None:
     cli = ArgumentParser(description="Ask a model one question, as the defender of its run was asked.")
     cli.add_argument("model", help="a checkpoint folder, a run folder or a hub name")
     cli.add_argument("question")
     cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     cli.add_argument("--max-new-tokens", type=int, default=128, help="[%(default)s]")
-    cli.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     args = cli.parse_args()
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
@@ -394,11 +381,10 @@ def main() -> None:
     opening = "<think>" if run.get("cot") else ""
     instruction = prompts["defend"] + (prompts["layout"] if opening else "")
     prompt = chat_ids(tokenizer, instruction, args.question, opening)
-    uniform_NT = uniforms(args.seed, 0, [0], 0, args.max_new_tokens)
+    uniform_NT = torch.rand(1, args.max_new_tokens, dtype=torch.float64)
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
-    print(f"{opening} {tokenizer.decode(reply.ids, skip_special_tokens=True).strip()}".strip())
-    ending = "stopped" if reply.stopped else "cut at --max-new-tokens"
-    print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}, {ending}]")
+    print(opening, tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
+    print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}]")
 
 
 if __name__ == "__main__":
