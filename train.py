@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import newest_complete, step_number
 from data import ATTACK_COLUMNS, read_pairs, read_prompts
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.layers import keep_freed_memory
@@ -49,10 +48,9 @@ from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experien
                       credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
                       play, seed_pools, seeds_for_step, show_game)
 
-# Functions import toy, transformers and FSDP when they run: that takes seconds, and --help should not wait.
+# Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 # ---------------------------------------------------------------- configuration
-# The roles that learn in each mode
-PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}
+PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
 
 
 def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
@@ -127,11 +125,11 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     judge = args.get("judge", "toy").partition(":")[0]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
     names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
-    saved = checkpoint.saved_settings(out, names) if args.get("resume") and newest_complete(out) else {}
-    changed = {name: value for name, value in args.items() if value != saved.get(name, value)}
-    for name in ("model", "opponent"):
-        if name in changed:
-            stop(f"--{name} {args[name]}: the run was begun with {saved[name]}; begin another run for that.")
+    resumes = args.get("resume") and checkpoint.newest_complete(out)
+    saved = checkpoint.saved_settings(out, names) if resumes else {}
+    changed = [name for name, value in args.items() if value != saved.get(name, value)]
+    for name in {"model", "opponent"} & set(changed):
+        stop(f"--{name} {args[name]}: the run was begun with {saved[name]}; begin another run for that.")
     values = {f.name: f.default for f in fields(Config)}
     sources = {f.name: f.metadata["source"] for f in fields(Config)}
     for source, settings in [*rows, ("the run so far", saved), ("command line", args)]:
@@ -313,10 +311,9 @@ def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[in
     """This rank's micro-batches of row numbers: similar lengths, at most `budget` tokens with padding."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(row)
     # a pass is a collective, so every rank gets equally many; the last ones may be empty
     batches += [[]] * (-len(batches) % ranks.world)
     return batches[ranks.rank::ranks.world]
@@ -434,27 +431,27 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
                 models.append(Transformer(AutoConfig.from_pretrained(name), name))
         except (OSError, ValueError):
             stop(f"--plan: {name} has no config that can be read; give folders or hub names.")
-    sizes = [2 * sum(p.numel() for p in model.parameters()) / 2 ** 30 for model in models]  # GiB in bf16
+    sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
     c = models[0].config
-    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2) / 2 ** 30
+    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
     layer = (sizes[0] - embeddings) / c.layers
     # what a token leaves in a layer for the backward pass; recomputed: layer inputs, and one layer at a time
     left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
     kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
-    cache = 4 * CACHE_SLOTS * c.layers * c.kv_heads * c.head_dim / 2 ** 30
-    head = head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda") / 2 ** 30
-    plan = {"master weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
+    plan = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
             "reference, judge, opponent, sharded": sum(sizes) / n_gpus + embeddings,
-            "play: policy, judge, opponent in full": sum(sizes), "play: keys and values": cache,
-            "update: gradients, fp32": 2 * sizes[0] / n_gpus, "update: output matrix, in slices": head,
-            "update: activations": cfg.micro_tokens * (kept + 2 * c.dim) / 2 ** 30,
+            "play: policy, judge, opponent in full": sum(sizes),
+            "play: keys and values": 4 * CACHE_SLOTS * c.layers * c.kv_heads * c.head_dim,
+            "update: gradients, fp32": 2 * sizes[0] / n_gpus,
+            "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
+            "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda"),
             "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
     smaller = min(sum(plan[name] for name in plan if name.startswith(phase)) for phase in ("play", "update"))
     peak = sum(plan.values()) - smaller
-    # CUDA itself takes another 1 to 3 GB
-    fitting = [f"fits GPUs of {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak + 3 < gb]
-    plan[f"peak: {[*fitting, 'fits no GPU'][0]}"] = peak
-    rows = [f"| {name} | {size:.1f} |" for name, size in plan.items()]
+    # CUDA itself takes up to 3 GB
+    fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
+    plan["peak: " + (fits or ["fits no GPU"])[0]] = peak
+    rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
     return "\n".join([f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |", *rows])
 
 # ---------------------------------------------------------------- inputs
@@ -466,7 +463,7 @@ def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     labelled = [row for file in seed_files for row in file.rows] or toy.seeds()
     attacks = [row for file in attack_files for row in file.rows]
     if len({label for _, label in labelled}) < 2:
-        kind = "benign" if labelled[0][1] else "harmful"
+        kind = "benign" if labelled[0][1] else "harmful"  # what is missing
         stop(f"--seeds: no {kind} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
     pools = seed_pools(labelled, attacks, revise=cfg.play != "defender" or bool(cfg.opponent))
     return pools, [file.summary for file in seed_files + attack_files]
@@ -507,8 +504,7 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, contex
         stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of the {context} tokens; {advice}.")
 
 # ---------------------------------------------------------------- the run folder
-def prepare_folder(cfg: Config, chat: ChatFormat, world: str, model: Transformer | None,
-                   newest: Path | None) -> None:
+def prepare(cfg: Config, chat: ChatFormat, world: str, model: Transformer | None, newest: Path | None):
     """Write config.json, then the model of step 0, or, on resuming, the logs up to the newest checkpoint."""
     import toy
     out = Path(cfg.out)
@@ -516,7 +512,7 @@ def prepare_folder(cfg: Config, chat: ChatFormat, world: str, model: Transformer
     settings = asdict(cfg) | {"world": world, "prompts": asdict(chat.prompts)}  # they travel with the model
     checkpoint.replace_text(out / "config.json", json.dumps(settings, indent=1))
     if newest:
-        checkpoint.rewind_logs(out, step_number(newest))  # later steps run again
+        checkpoint.rewind_logs(out, checkpoint.step_number(newest))  # later steps run again
         return
     tmp_dir = out / "partial_000000"
     shutil.rmtree(tmp_dir, ignore_errors=True)  # left by a run that was stopped here
@@ -545,7 +541,7 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
 # ---------------------------------------------------------------- the run
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
-SHOW_EVERY = 25       # steps between two games printed as text
+
 
 
 def make_player(model: Transformer, role: str, stops: list[int], chat: ChatFormat, cfg: Config, step: int,
@@ -563,8 +559,8 @@ def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> N
     judged = [game for game in games if game.defender.reply.answer]
     unreadable = sum(not game.verdict.readable for game in judged)
     if unreadable > cfg.max_unreadable * len(judged):
-        stop_all(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts of {cfg.judge} cannot be read, "
-                        f"more than --max-unreadable {cfg.max_unreadable}; give a judge of that format.")
+        stop_all(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts cannot be read, more than "
+                        f"--max-unreadable {cfg.max_unreadable}; give a judge of that format.")
 
 
 def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
@@ -585,8 +581,8 @@ def main(argv: list[str] | None = None) -> None:
     pools, summaries = read_seeds(cfg)
     ranks = setup(cfg)
     out = Path(cfg.out)
-    newest = newest_complete(out) if cfg.resume else None
-    first = step_number(newest) if newest else 0
+    newest = checkpoint.newest_complete(out) if cfg.resume else None
+    first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
     chat, world, judge = open_game(cfg, origin, ranks)
     model = load(origin) if origin != "toy" else None  # before anything is written: it may be damaged
@@ -600,9 +596,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
     for folder in checkpoint.checkpoints(out):
-        if step_number(folder) > first:
+        if checkpoint.step_number(folder) > first:
             log0(ranks, f"  {folder} is not complete: ignored, and made again")
-    on_main(ranks, partial(prepare_folder, cfg, chat, world, model, newest))
+    on_main(ranks, partial(prepare, cfg, chat, world, model, newest))
     policy = shard(model or load(str(out / "step_000000")), ranks)  # one full model on the CPU at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy.recompute = cfg.recompute
@@ -615,7 +611,6 @@ def main(argv: list[str] | None = None) -> None:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     judge = judge_on_demand(judge, ranks)
     stops = stop_ids(policy, chat.tokenizer)
-    rewards = REWARDS[cfg.reward]
     skipped = 0                       # updates in a row
     dead = 0 if first == 0 else None  # games in which nothing happened; None once something has
 
@@ -638,14 +633,13 @@ def main(argv: list[str] | None = None) -> None:
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
-        experiences = experiences_of(games, rewards, PLAYS[cfg.play], cfg.cot)
+        experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks)
         advantage, kl = credit(experiences, reference_logprob, cfg.kl)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
+        order, sums = np.arange(len(experiences)), []
         old = reference_logprob  # stands in: one update does not read it
-        order = np.arange(len(experiences))
-        sums = []
         if cfg.updates > 1:
             old = rescore(policy, experiences, cfg, ranks)
             order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
@@ -656,8 +650,8 @@ def main(argv: list[str] | None = None) -> None:
             sums += update(policy, optimizer, *batch, draw_pairs(pairs, cfg, n), cfg, ranks)
             skipped = skipped + 1 if "skipped" in sums[-1] else 0
             if skipped:  # keep what it was to learn from, for whoever looks for the cause
-                file = out / f"skipped_{step + 1:06d}_{n}.jsonl"
                 turns = [asdict(e) | {"advantage": values_T.tolist()} for e, _, values_T in zip(*batch)]
+                file = out / f"skipped_{step + 1:06d}_{n}.jsonl"
                 on_main(ranks, partial(checkpoint.append_rows, file, turns))
         if skipped >= MAX_SKIPPED:
             stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or gradient that is not "
@@ -665,19 +659,19 @@ def main(argv: list[str] | None = None) -> None:
 
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
-        n_tokens = sum(len(e.turn.ids) for e in experiences)
-        now = time.time()
-        metrics = {"step": step + 1, **game_metrics(games, experiences, rewards, bool(cfg.attacks)), "kl": kl,
-                   **update_metrics(sums, n_tokens, cfg.updates), "lr": step_size(cfg, n),
+        n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
+        played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward], bool(cfg.attacks))
+        metrics = {"step": step + 1, **played_metrics, "kl": kl, "lr": step_size(cfg, n),
+                   **update_metrics(sums, n_tokens, cfg.updates), "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
-                   "train_tokens_per_s": n_tokens / (now - played), "seconds": now - started}
+                   "train_tokens_per_s": n_tokens / (now - played)}
         warning = nothing_happened(games)
         log0(ranks, step_line(step + 1, cfg.steps, metrics, warning))
         records = [game_record(game, step + 1) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
-        if (step + 1) % SHOW_EVERY == 0 or step + 1 == cfg.steps:
+        if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
             shown = [game for game in games if game.attacker][:2] or games[:2]
-            log0(ranks, "\n" + "\n\n".join(show_game(game, rewards) for game in shown) + "\n")
+            log0(ranks, "\n" + "\n\n".join(show_game(g, REWARDS[cfg.reward]) for g in shown) + "\n")
         dead = dead + len(games) if warning and dead is not None else None
         if dead and dead >= MAX_DEAD_GAMES:
             stop_all(ranks, f"step {step + 1}: {warning} in the first {dead} games. Read {out}/games.jsonl, "
