@@ -227,8 +227,8 @@ def test_a_payoff_table_can_be_added(change, unchanged):
     train(project, "--reward", "mine")
     doubled = metrics(project / "it")[0]
     once = metrics(unchanged / "it")[0]
-    for key in ("reward_attacker", "reward_defender"):
-        assert doubled[key] == 2 * once[key] != 0
+    for role in ("attacker", "defender"):
+        assert doubled[f"reward_{role}"] == 2 * once[f"reward_{role}"] != 0
 
 
 def test_a_payoff_can_depend_on_the_attack(change):
@@ -383,9 +383,10 @@ def test_the_loss_can_be_plain_reinforce(change, unchanged):
 def test_a_metric_can_be_logged_printed_drawn_and_explained(change):
     project = change(
         "a metric of each step",
-        ("selfplay.py", '        "forfeit": mean(', """
-        "asks_how": mean(["how" in g.asked.split() for g in attempts if g.attacked]),
-        "forfeit": mean(""".lstrip("\n")),
+        ("selfplay.py", """
+            "forfeit": mean(""", """
+            "asks_how": mean(["how" in g.asked.split() for g in attempts if g.attacked]),
+            "forfeit": mean("""),
         ("train.py", '("forfeit", "forfeit")', '("forfeit", "forfeit"), ("asks how", "asks_how")'),
         ("eval.py", r"""
     "kl": "KL to the start\n(nats per token)"}""", r"""
