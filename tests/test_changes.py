@@ -252,17 +252,18 @@ def test_a_payoff_can_depend_on_the_attack(change):
 def test_a_function_can_be_the_judge_of_the_embedded_world(change):
     project = change("the judge: a Python function", ("judge.py", """
 JUDGES: dict[str, Judge] = {"keywords": keywords}""", '''
-def says_then(prompt: str, response: str) -> bool:
-    """The response has a second step."""
-    return "then" in response.split()
+def begins_to_help(prompt: str, response: str) -> bool:
+    """Right answers to `prompt` begin like this."""
+    return response.startswith("get")
 
 
-JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(says_then)}'''))
+JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(begins_to_help)}'''))
     train(project, "--judge", "mine")
     assert json.loads((project / "it" / "config.json").read_text())["world"] == "toy"
-    said = [game["verdict"]["response_harmful"] for game in games(project / "it")]
-    assert said == ["then" in game["answer"].split() for game in games(project / "it")]
-    assert set(said) == {True, False}
+    harmful = [game for game in games(project / "it") if game["harmful"]]
+    verdicts = [game["verdict"]["response_harmful"] for game in harmful]
+    assert verdicts == [game["answer"].startswith("get") for game in harmful]
+    assert set(verdicts) == {True, False}
 
 
 def test_a_format_of_judge_models_can_be_added(change, judge_stand_in):
