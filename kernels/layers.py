@@ -59,8 +59,8 @@ def keep_freed_memory() -> None:
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """r = 1 / sqrt(|x|^2 / D + eps), fp32 [..., 1]."""
-    length = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-    return (length.square() / x.shape[-1] + eps).rsqrt()
+    magnitude = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+    return (magnitude.square() / x.shape[-1] + eps).rsqrt()
 
 
 def norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -87,7 +87,7 @@ class NormFunction(torch.autograd.Function):
         n = x.float() * r
         grad_weight_D = (grad_output * n).flatten(0, -2).sum(0)
         grad_n = (grad_output * weight_D).float()
-        # n does not depend on the length of x, so the gradient has no component along n.
+        # n does not depend on the magnitude of x, so the gradient has no component along n.
         grad_x = (grad_n - n * (grad_n * n).mean(-1, keepdim=True)) * r
         return grad_x.to(x.dtype), grad_weight_D.to(weight_D.dtype), None
 

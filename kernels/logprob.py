@@ -127,16 +127,18 @@ class TokenLogprob(torch.autograd.Function):
         temperature: float,
         functions: tuple[Callable, Callable],
     ) -> tuple[Tensor, Tensor]:
-        forward, ctx.slice_gradient = functions
+        """logprob_N, and entropy_N without a gradient."""
+        compute_statistics, ctx.slice_gradient = functions
         ctx.temperature = temperature
         tensors = [hidden_ND.contiguous(), weight_VD.contiguous(), ids_N.contiguous()]
-        lse_N, logprob_N, entropy_N = forward(*tensors, temperature)
+        lse_N, logprob_N, entropy_N = compute_statistics(*tensors, temperature)
         ctx.save_for_backward(*tensors, lse_N)
         ctx.mark_non_differentiable(entropy_N)
         return logprob_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_logprob_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Gradients of hidden_ND and weight_VD, a slice of the vocabulary at a time."""
         hidden_ND, weight_VD, ids_N, lse_N = ctx.saved_tensors
         grad_logprob_N = grad_logprob_N.contiguous()
         N = len(ids_N)

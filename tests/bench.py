@@ -98,7 +98,15 @@ GPU = Sizes(torch.bfloat16, [(16384, 4096, 128256), (16384, 3584, 152064), (1638
 
 # ---------------------------------------------------------------- timing
 
-Row = dict[str, str | float]   # section, what, ours_ms, spread_ms, peer, peer_ms, ratio, note
+Row = dict[str, str | float]
+HEADER = "| section | what | ours, ms | ± | peer | peer, ms | ratio | |\n" + "| --- " * 8 + "|"
+COLUMNS = ("section", "what", "ours_ms:.0f", "spread_ms:.0f", "peer", "peer_ms:.0f", "ratio:.2f", "note")
+
+
+def print_row(**row: str | float) -> Row:
+    """Print a line of the table at once, and return it."""
+    print("".join(f"| {{{column}}} " for column in COLUMNS).format(**row) + "|", flush=True)
+    return row
 
 
 def in_turns(section: str, what: str, runs: dict[str, Run], rounds: int, note: str = "") -> list[Row]:
@@ -119,8 +127,8 @@ def in_turns(section: str, what: str, runs: dict[str, Run], rounds: int, note: s
     rows = []
     for name, theirs in peers:
         ratio = statistics.median(peer / own for peer, own in zip(theirs, ours, strict=True))
-        rows.append(dict(section=section, what=what, ours_ms=ours_ms, spread_ms=high - low, peer=name,
-                         peer_ms=statistics.median(theirs), ratio=ratio, note=note))
+        rows.append(print_row(section=section, what=what, ours_ms=ours_ms, spread_ms=high - low, peer=name,
+                              peer_ms=statistics.median(theirs), ratio=ratio, note=note))
     return rows
 
 
@@ -166,7 +174,7 @@ def bench_head(sizes: Sizes, models: list[str]) -> list[Row]:
         runs = {name: partial(both_passes, head, hidden_ND, weight_VD, ids_N) for name, head in heads.items()}
         rows += in_turns("head", f"{N} x {D} x {V}", runs, sizes.rounds, "errors: " + ", ".join(errors))
         if not has_trl:
-            rows.append({**rows[-1], "peer": "TRL", "peer_ms": 0, "ratio": 0, "note": "not installed"})
+            rows.append(print_row(**rows[-1] | dict(peer="TRL", peer_ms=0, ratio=0, note="not installed")))
     return rows
 
 
@@ -263,7 +271,6 @@ class Pair:
         return sum(len(reply.ids) for reply in replies)
 
     def their_pass(self, batches: list[Replies], backward: bool) -> int:
-        """Score the replies in the batches in which they were generated."""
         for batch in batches:
             with torch.set_grad_enabled(backward):
                 total = batch.score(self.theirs)[batch.reply_BT].sum()
@@ -275,7 +282,6 @@ class Pair:
 # ---------------------------------------------------------------- sampler and step
 
 def bench_sampler(sizes: Sizes, models: list[str]) -> list[Row]:
-    """Both sides record the log-probability of each token that they draw."""
     rows = []
     for name in models:
         config, workload = sizes.models[name]
@@ -310,20 +316,16 @@ def bench_step(sizes: Sizes, models: list[str]) -> list[Row]:
         rows += in_turns("step", f"{part}, {models[0]}, {sizes.step.prompts} turns", runs, sizes.rounds)
     total = {key: sum(row[key] for row in rows) for key in ("ours_ms", "spread_ms", "peer_ms")}
     total["ratio"] = total["peer_ms"] / total["ours_ms"]
-    rows.append({**rows[0], **total, "what": f"all three, {models[0]}", "note": note})
+    rows.append(print_row(**rows[0] | total | {"what": f"all three, {models[0]}", "note": note}))
     return rows
 
 
 # ---------------------------------------------------------------- the command line
 
 SECTIONS = {"head": bench_head, "sampler": bench_sampler, "step": bench_step}
-HEADER = "| section | what | ours, ms | ± | peer | peer, ms | ratio | |\n" + "| --- " * 8 + "|"
-COLUMNS = ("section", "what", "ours_ms:.0f", "spread_ms:.0f", "peer", "peer_ms:.0f", "ratio:.2f", "note")
-LINE = "".join(f"| {{{column}}} " for column in COLUMNS) + "|"
 
 
 def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> list[Row]:
-    """Measure, print the table, and return its rows."""
     sizes = sizes or {"cpu": CPU, "cuda": GPU}[DEVICE.type]
     cli = ArgumentParser(description="Time the hand-written parts beside their peers.")
     cli.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} [all]")
@@ -338,9 +340,7 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> list[Row]
     print(f"{DEVICE.type}, {sizes.dtype}, torch {torch.__version__}, ms for 1,000 tokens\n\n{HEADER}")
     rows = []
     for name in args.sections or SECTIONS:
-        for row in SECTIONS[name](sizes, args.models):
-            print(LINE.format(**row), flush=True)
-            rows.append(row)
+        rows += SECTIONS[name](sizes, args.models)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     return rows
