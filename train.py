@@ -142,10 +142,10 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
 def check_config(cfg: Config, world_size: int) -> None:
     """Refuse what cannot run, before any work and before anything is written."""
     for f in fields(Config):
-        value, zero = getattr(cfg, f.name), f.name in MAY_BE_0
-        if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and zero):
-            flag = "--" + f.name.replace("_", "-")
-            stop(f"{flag} {value}: must be a number greater than 0{', or 0' * zero}.")
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and f.name in MAY_BE_0):
+            zero = ", or 0" if f.name in MAY_BE_0 else ""
+            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0{zero}.")
     if cfg.plan:
         return
     import toy
@@ -157,8 +157,7 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks.")
-    if cfg.judge != "toy":
-        check_judge(cfg.judge)
+    check_judge(cfg.judge)
     if not toy.is_toy_model(cfg.model) and not cfg.seeds:
         stop(f"--model {cfg.model} needs seeds: add --seeds harmful=FILE benign=FILE.")
     if not toy.is_toy_model(cfg.model) and cfg.judge == "toy":
@@ -180,7 +179,7 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
 
 
 def step_size(cfg: Config, n: int) -> float:
-    """The n-th update's: warm-up over 3 % of the run, then a cosine from the peak down to 10 % of it."""
+    """Learning rate of update n: warm-up over 3 % of the run, then a cosine from the peak to 10 % of it."""
     total = cfg.steps * cfg.updates
     warm_up = max(1, round(0.03 * total))
     progress = min(1.0, max(0, n - warm_up) / max(1, total - warm_up))
@@ -242,7 +241,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def judge_on_demand(judge: Judge, ranks: Ranks) -> Judge:
-    """A judge model fills a GPU only while it judges; otherwise ranks share it, or a CPU holds it."""
+    """Between its calls a judge model's weights are sharded over the ranks, or on the CPU of one process."""
     if not isinstance(judge, JudgeModel):
         return judge
     if ranks.world > 1:
@@ -323,7 +322,7 @@ def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tup
     """Numbers and tensors (ids_BT, mask_BT, value_BT ..) of rows (prompt ids, reply ids, token values ..)."""
     for numbers in micro_batches([len(row[0]) + len(row[1]) for row in rows], ranks, cfg.micro_tokens):
         batch = [rows[i] for i in numbers]
-        if not batch:  # this rank must pass, too: two tokens that no mask selects weigh nothing
+        if not batch:  # FSDP needs a forward pass on every rank: a row with an empty mask adds 0
             batch = [([0, 0], [], *[[]] * (len(rows[0]) - 2))]
         prompts, replies, *values = zip(*batch, strict=True)
         yield numbers, pack(prompts, replies, values, ranks.device)
@@ -395,8 +394,8 @@ def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[i
 
 
 def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) -> list[tuple]:
-    """The n-th update's supervised pairs, three for every four games of its share of the step."""
-    count = max(1, cfg.games * 3 // (4 * cfg.updates))  # the official run's: 16 an update, 19,000 in all
+    """The supervised pairs of update n. Three for four games makes the official run's 16 an update."""
+    count = max(1, cfg.games * 3 // (4 * cfg.updates))
     order = np.random.default_rng((cfg.seed, n, 1)).permutation(len(pairs))
     return [pairs[i] for i in order[:count]]
 
@@ -435,7 +434,7 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     c = models[0].config
     embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
     layer = (sizes[0] - embeddings) / c.layers
-    # what a token leaves in a layer for the backward pass; recomputed: layer inputs, and one layer at a time
+    # bytes that a token leaves in a layer for the backward pass; recomputed: inputs, and one layer at a time
     left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
     kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
     plan = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
@@ -496,7 +495,7 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, contex
     seeds.sort(key=lambda seed: -len(clean_text(seed.text).encode()))  # in bytes: nearly the order in tokens
     revised = [seed for seed in seeds if seed.revise][:8]
     most = min(context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8])
-    if revised:
+    if revised:  # a defender's context holds an attack and an answer, each as long as a reply may be
         most = min(most, (context - len(chat.defender_prompt(""))) // 2)
         most = min(most, *(context - len(chat.attacker_prompt(seed)) for seed in revised))
     if cfg.max_new_tokens > most:
@@ -638,8 +637,8 @@ def main(argv: list[str] | None = None) -> None:
         advantage, kl = credit(experiences, reference_logprob, cfg.kl)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
-        order, sums = np.arange(len(experiences)), []
-        old = reference_logprob  # stands in: one update does not read it
+        sums, order = [], np.arange(len(experiences))
+        old = [np.zeros(len(e.turn.ids)) for e in experiences]  # not read by a single update
         if cfg.updates > 1:
             old = rescore(policy, experiences, cfg, ranks)
             order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
@@ -650,7 +649,8 @@ def main(argv: list[str] | None = None) -> None:
             sums += update(policy, optimizer, *batch, draw_pairs(pairs, cfg, n), cfg, ranks)
             skipped = skipped + 1 if "skipped" in sums[-1] else 0
             if skipped:  # keep what it was to learn from, for whoever looks for the cause
-                turns = [asdict(e) | {"advantage": values_T.tolist()} for e, _, values_T in zip(*batch)]
+                rows = zip(*batch, strict=True)
+                turns = [asdict(e) | {"advantage": advantage_T.tolist()} for e, _, advantage_T in rows]
                 file = out / f"skipped_{step + 1:06d}_{n}.jsonl"
                 on_main(ranks, partial(checkpoint.append_rows, file, turns))
         if skipped >= MAX_SKIPPED:
@@ -661,7 +661,7 @@ def main(argv: list[str] | None = None) -> None:
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
         played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward], bool(cfg.attacks))
-        metrics = {"step": step + 1, **played_metrics, "kl": kl, "lr": step_size(cfg, n),
+        metrics = {"step": step + 1, **played_metrics, "kl": kl, "lr": optimizer.param_groups[0]["lr"],
                    **update_metrics(sums, n_tokens, cfg.updates), "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
                    "train_tokens_per_s": n_tokens / (now - played)}

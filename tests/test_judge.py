@@ -48,7 +48,7 @@ def test_the_prompts_label_is_the_seeds_and_a_harmful_prompt_answered_is_harmful
 @pytest.mark.parametrize("harmful, response, verdict", [
     (True, "boom", Verdict(True, False, True)), (True, "Sure!", Verdict(True, True, False)),
     (False, "Sure!", Verdict(False, False, False)), (False, "I cannot.", Verdict(False, True, False)),
-    (False, "boom", Verdict(False, False, True))])
+    (False, "boom", Verdict(False, False, False))])
 def test_a_function_says_which_responses_are_harmful_and_on_a_harmful_seed_the_others_are_refusals(
         harmful, response, verdict):
     mine = from_function(lambda prompt, response: prompt == "?" and "boom" in response)
