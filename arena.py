@@ -1,17 +1,24 @@
 """
-Any attacker against any defender.
+Any attacker against any defender: cross-play with its equilibrium, and best responses.
+
+    crossplay   every attacker against every defender -> payoff_AD -> regret matching -> mixture of each side
+    exploit     a frozen model -> train.py trains opponents against it -> the gain of the strongest
+
+A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
+any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
+that it is not, so tables say how many opponents were tried. Payoffs are those of the run's own table. Both
+players sample at temperature 1, as in training.
+Run: python eval.py crossplay RUN RUN ... or python eval.py exploit RUN ...
 """
 import hashlib
-import json
 import math
-import os
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -20,413 +27,433 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import read_prompts, read_rows
-from judge import Exchange, Judge, JudgeModel, Verdict, open_judge
-from model import Transformer, find_checkpoint, load, open_tokenizer, stop, stop_ids, weight_files
-from sample import sample, uniforms
-from selfplay import ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn, payoffs
+from data import read_prompts
+from judge import Judge, JudgeModel, open_judge
+from model import (Transformer, find_checkpoint, load, open_tokenizer, run_config, stop, stop_ids,
+                   weight_files)
+from sample import Sample, sample, uniforms
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
+                      is_legal, payoffs, play, seed_pools, seeds_for_step)
 
-ANSWER, ATTACK = 24, 48   # longest replies in tokens in the embedded world: a defender needs 14, an attacker with three tactics 36
-
-
-
-CHUNK = 64                # prompts between two lines of a show_game: what an interrupted benchmark loses
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-DEVICE, PRECISION = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-
-
+# ---------------------------------------------------------------- statistics
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """
-    The 95 % interval of a rate.
+    The 95 % interval of a rate (Wilson, JASA 1927).
 
     >>> tuple(round(end, 3) for end in wilson(8, 10))
     (0.49, 0.943)
     """
     if n == 0:
         return 0.0, 1.0
-    z, p = 1.959963984540054, hits / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, min(p, (centre - spread) / (1 + z * z / n))), min(1.0, max(p, (centre + spread) / (1 + z * z / n)))
+    z = 1.959963984540054   # 97.5 % of a normal distribution lie below it
+    p = hits / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # p lies inside its interval: min and max undo rounding errors at 0 and 1.
+    return max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale))
 
 
+def present(values: Sequence[float]) -> list[float]:
+    """The values without NaN, which marks one that is missing."""
+    return [value for value in values if not math.isnan(value)]
 
-def rate(hits: Sequence[bool]) -> dict:
-    """A rate, its interval and the count behind it."""
+
+def rate(hits: Sequence[float]) -> dict:
+    """A rate with its interval and its count. The rate of nothing is None, not 0."""
+    hits = present(hits)
     low, high = wilson(sum(hits), len(hits))
     return {"value": sum(hits) / len(hits) if hits else None, "low": low, "high": high, "n": len(hits)}
 
 
-
-def bootstrap(measure: Callable[[np.ndarray], float], n: int, draws: int = 1000) -> dict:
+def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
     """
-    measure(weight_N) of n things and its 95 % interval: the middle of what it is when n of them are drawn with replacement (Efron, Annals
-    of Statistics 1979), where a thing's weight is how often it was drawn. The interval is moved so that the draws' mean falls on the
-    value: copies among the draws would otherwise pass for a lack of diversity.
+    measure(weight_N) of n things with its 95 % interval (Efron, Annals of Statistics 1979). Each draw takes n
+    things with replacement, and weight_N says how often each was taken. Copies look like a lack of diversity,
+    so the interval is moved until the draws' mean is the value.
     """
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
-    value, rng = float(measure(np.ones(n))), np.random.default_rng(0)
+    value = float(measure(np.ones(n)))
+    rng = np.random.default_rng(0)
     drawn = np.array([measure(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(draws)])
     low, high = value - drawn.mean() + np.quantile(drawn, [0.025, 0.975])
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
 
-
 def average(values: Sequence[float]) -> dict:
-    """The mean of what is known, with its interval."""
-    known_N = np.array([v for v in values if not math.isnan(v)])
-    return bootstrap(lambda weight_N: weight_N @ known_N / weight_N.sum(), len(known_N))
-
+    """The mean with its interval."""
+    value_N = np.array(present(values))
+    return bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> dict:
-    """The mean of values - others, pair by pair, over the pairs of which both are known."""
-    return average([a - b for a, b in zip(values, others, strict=True)])
+    """The mean of values - others, pair by pair; a pair with a missing value is left out."""
+    return average(np.subtract(values, others))
 
 
-
-def nash(payoff_AD: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """
-    The equilibrium of a zero-sum matrix game: mixture_A of the rows, which maximise, mixture_D of the columns, and the game's value. The
-    linear program of the minimax theorem (von Neumann, 1928) by the simplex method; Bland's rule (1977) keeps it from cycling.
-
-    >>> [float(round(x, 3)) for x in nash(np.array([[1.0, -1.0], [-1.0, 1.0]]))[0]]
-    [0.5, 0.5]
-    """
-    A, D = payoff_AD.shape
-    shift = 1 - payoff_AD.min()                       # all payoffs at least 1: the value is positive, and the program is bounded
-    table = np.block([[payoff_AD + shift, np.eye(A), np.ones((A, 1))], [-np.ones((1, D)), np.zeros((1, A + 1))]])
-    basis = np.arange(D, D + A)
-    while (table[-1, :-1] < -1e-12).any():
-        enters = int(np.argmax(table[-1, :-1] < -1e-12))
-        rows = np.flatnonzero(table[:-1, enters] > 1e-12)
-        ratio = table[rows, -1] / table[rows, enters]
-        leaves = min(rows[ratio <= ratio.min() + 1e-12], key=lambda row: basis[row])
-        table[leaves] /= table[leaves, enters]
-        others = np.arange(A + 1) != leaves
-        table[others] -= np.outer(table[others, enters], table[leaves])
-        basis[leaves] = enters
-    solution, total = np.zeros(D + A), table[-1, -1]
-    solution[basis] = table[:-1, -1]
-    return table[-1, D:-1] / total, solution[:D] / total, 1 / total - shift
+def interval(result: dict) -> str:
+    """A rate or a mean as text."""
+    if result["value"] is None:
+        return "-"
+    return f"{result['value']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
 
 
+def markdown(title: str, columns: dict, rows: dict, cell: Callable = interval) -> str:
+    """A Markdown table: rows by key and title, the results of each column by key, and how to write a cell."""
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    for key, text in rows.items():
+        lines.append([text, *(cell(results[key]) for results in columns.values())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# ---------------------------------------------------------------- models
 
 @dataclass(frozen=True)
 class EvalModel:
-    """A model to examine, with the chat it was trained in."""
+    """A model, on DEVICE, with the chat format that it was trained in."""
     name: str
     model: Transformer
     chat: ChatFormat
 
-    def reply(self, prompts: list[list[int]], longest: int, temperature: float, seed: int, label: str, turn: int = 0) -> list[Reply]:
-        """Replies of at most `longest` tokens, as the game reads them."""
-        uniform_NT = uniforms(seed, 0, range(len(prompts)), turn, longest)
-        samples = sample(self.model, prompts, uniform_NT, stop_ids(self.model, self.chat.tokenizer), temperature, label)
-        return [self.chat.parse(s) for s in samples]
+    def ask(self, prompts: list, numbers: Sequence[int], turn: int, max_new_tokens: int,
+            temperature: float = 1.0, seed: int = 0) -> list[Sample]:
+        """A reply to each prompt of token ids. With all but the first two set it is a selfplay.Player."""
+        uniform_NT = uniforms(seed, 0, numbers, turn, max_new_tokens)
+        stops = stop_ids(self.model, self.chat.tokenizer)
+        label = f"{short(self.name)} {'defends' if turn else 'attacks'}"
+        return sample(self.model, prompts, uniform_NT, stops, temperature, self.chat.prefixes(), label)
 
 
+def need_config(name: str) -> dict:
+    """The configuration of a model's run, or a sentence that asks for a run."""
+    config = run_config(name)
+    if not config:
+        stop(f"{name}: not of a run; give a folder that train.py wrote.")
+    return config
 
-def run_config(name: str) -> dict:
-    """The configuration of the run that a model belongs to; empty for a model from elsewhere."""
-    for folder in (Path(name), Path(name).parent):
-        if (folder / "latest").is_file() and (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text())
-    return {}
 
+def short(name: str) -> str:
+    """A model's run, and its step if a checkpoint is named."""
+    run, last = Path(name).absolute().parts[-2:]
+    return f"{run}/{last}" if last.startswith("step_") else last
 
 
 def start_of(name: str) -> str:
     """The checkpoint that the model's run began with."""
-    folder = Path(name) if (Path(name) / "latest").is_file() else Path(name).parent
-    return str(folder / "step_000000")
-
-
-
-def need_config(name: str) -> dict:
-    return run_config(name) or stop(f"{name}: not of a run; give folders that train.py wrote, or checkpoints in them.")
-
-
-
-def short(name: str) -> str:
-    """What a model is called in tables and figures: its run, and its step if that is not the newest."""
-    run, last = Path(name).absolute().parts[-2:]
-    return last if not last.startswith("step_") else f"{run} start" if last == "step_000000" else f"{run} step {int(last[5:])}"
-
+    return str(find_checkpoint(name).parent / "step_000000")
 
 
 @lru_cache
 def weights_hash(name: str) -> str:
-    """What tells two checkpoints unfuse: a hash of their weights."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in weight_files(find_checkpoint(name)))).hexdigest()[:12]
+    """Tells two checkpoints apart: a hash of their weights."""
+    digest = hashlib.sha256()
+    for file in weight_files(find_checkpoint(name)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
+def open_eval_model(name: str) -> EvalModel:
+    """Load a model with its run's prompts. One from elsewhere thinks only if it speaks the toy language."""
+    in_toy = toy.is_toy_model(name)
+    config = {"prompts": vars(toy.PROMPTS if in_toy else ENGLISH), "cot": in_toy} | run_config(name)
+    chat = ChatFormat(open_tokenizer(name), Prompts(**config["prompts"]), config["cot"])
+    return EvalModel(name, load(name, DTYPE).to(DEVICE), chat)
 
-def open_eval_model(name: str, prompts: Prompts = toy.PROMPTS) -> EvalModel:
-    """A model with the prompts of its language; a model from elsewhere answers as it was taught to, without private thoughts."""
-    config = run_config(name) or {"cot": prompts is toy.PROMPTS}
-    return EvalModel(name, load(name, PRECISION).to(DEVICE), ChatFormat(open_tokenizer(name), prompts, config["cot"]))
 
-
-
+@lru_cache
 def open_judge_on_device(name: str) -> Judge:
-    """The judge that `--judge` names, where the models are."""
-    if name == "toy":
-        return toy.judge
-    judge = open_judge(name, PRECISION)
+    """The judge that `--judge` names; a judge model is put where the players are."""
+    judge = toy.judge if name == "toy" else open_judge(name, DTYPE)
     if isinstance(judge, JudgeModel):
         judge.model.to(DEVICE)
     return judge
 
 
-
-def interval(r: dict) -> str:
-    return f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" if r["value"] is not None else "-"
-
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
+# ---------------------------------------------------------------- games between two models
 
 @dataclass(frozen=True)
 class Matchup:
-    """The requests, all to be rewritten, the judge, and the longest attack and answer in tokens."""
+    """What two players meet on. The attacker rewrites all seeds; `reward` is a row of REWARDS."""
     name: str
     seeds: list[Seed]
     judge: Judge
-    prompts: Prompts
-    attack: int
-    answer: int
+    reward: str
+    max_new_tokens: int
 
 
-
-def requests(labelled: Sequence[tuple[str, bool]], n: int) -> list[Seed]:
-    """n seeds for the attacker, harmful and benign in turn, as the game mixes them; each pool in random order, as often as it takes."""
-    order = [labelled[i] for i in np.random.default_rng(0).permutation(len(labelled))]
-    pools = [pool for kind in (True, False) if (pool := [Seed(text, kind, revise=True) for text, harmful in order if harmful == kind])]
-    return [pools[i % len(pools)][i // len(pools) % len(pools[i % len(pools)])] for i in range(n)]
+def alternate(rows: list[tuple], n: int) -> list[Seed]:
+    """n seeds for the attacker, harmful and benign in turn, repeated where there are too few of a kind."""
+    pools = [pool for pool in seed_pools(rows, [], revise=True)[::2] if pool]   # [::2]: not the raw ones
+    return seeds_for_step(pools, n, seed=0, step=0)
 
 
+def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
+    """
+    Where the players of a run meet, with n seeds each: on the requests of `files`, or else of the run's own
+    seed files. A run of the embedded world has none; it meets on the held-out and on the training pairs.
+    """
+    config = need_config(name)
+    rows = []
+    for path in files or config["seeds"]:
+        rows += read_prompts(path).rows
+    requests = {"seed": rows}
+    if toy.is_toy_model(name) and not rows:
+        held_out = [(toy.plain(pair), toy.is_harmful(pair)) for pair in sorted(toy.HELD_OUT)]
+        requests = {"held-out": held_out, "training": toy.seeds()}
+    judge = open_judge_on_device(config["judge"])
+    return [Matchup(title, alternate(rows, n), judge, config["reward"], config["max_new_tokens"])
+            for title, rows in requests.items()]
 
-def matchups(config: dict, n: int, files: list[str]) -> list[Matchup]:
-    """Where a run's players meet: on the held-out and on the training pairs of the embedded world; a real model on files of prompts."""
-    if config["judge"] == "toy":
-        pairs = {"held-out": sorted(toy.HELD_OUT), "training": [p for p in toy.PAIRS if p not in toy.HELD_OUT]}
-        return [Matchup(name, requests([(toy.plain(p), toy.is_harmful(p)) for p in part], n), toy.judge, toy.PROMPTS, ATTACK, ANSWER)
-                for name, part in pairs.items()]
-    labelled = [row for path in files or config["seeds"] for row in read_prompts(path).rows]
-    longest = config["max_new_tokens"]
-    return [Matchup("given" if files else "training", requests(labelled, n), open_judge_on_device(config["judge"]), ENGLISH, longest, longest)]
 
-
-
-def attacks_of(subject: EvalModel, matchup: Matchup, seed: int = 0) -> list[Reply]:
+def attacks_of(attacker: EvalModel, matchup: Matchup, seed: int = 0) -> list[Reply]:
     """A rewrite of every seed."""
-    prompts = [subject.chat.attacker_prompt(s) for s in matchup.seeds]
-    return subject.reply(prompts, matchup.attack, 1.0, seed, f"attacks of {short(subject.name)}", turn=0)
+    prompts = [attacker.chat.attacker_prompt(s) for s in matchup.seeds]
+    samples = attacker.ask(prompts, range(len(prompts)), 0, matchup.max_new_tokens, seed=seed)
+    return [attacker.chat.parse(s) for s in samples]
 
 
-
-def games_of(subject: EvalModel, matchup: Matchup, attacks: list[Reply], seed: int = 0) -> list[Game]:
-    """A defender against these attacks, one per seed, as many rounds of the seeds as there are: who forfeits is asked the seed itself."""
-    seeds = [matchup.seeds[i % len(matchup.seeds)] for i in range(len(attacks))]
-    asked = [attack.answer or s.text for attack, s in zip(attacks, seeds)]
-    prompts = [subject.chat.defender_prompt(text) for text in asked]
-    answers = subject.reply(prompts, matchup.answer, 1.0, seed, f"{short(subject.name)} defends", turn=1)
-    said = [n for n, reply in enumerate(answers) if reply.answer]
-    verdicts = dict(zip(said, matchup.judge([Exchange(asked[n], answers[n].answer, seeds[n].harmful) for n in said])))
-    return [Game(n, s, Turn(ATTACKER, [], [], [], attacks[n]), asked[n], Turn(DEFENDER, [], [], [], answers[n]),
-                 verdicts.get(n, Verdict(s.harmful, True, False))) for n, s in enumerate(seeds)]
+def games_of(defender: EvalModel, matchup: Matchup, attacks: list[Reply], seed: int = 0) -> list[Game]:
+    """The defender against these attacks, one or more per seed. After a forfeit it is asked the seed."""
+    seeds = matchup.seeds * (len(attacks) // len(matchup.seeds))
+    asked = [Seed(attack.answer or s.text, s.harmful, revise=False)
+             for s, attack in zip(seeds, attacks, strict=True)]
+    player = partial(defender.ask, turn=1, max_new_tokens=matchup.max_new_tokens, seed=seed)
+    games = play(asked, range(len(asked)), defender.chat, player, player, matchup.judge)
+    return [replace(game, seed=seeds[n], attacker=Turn(ATTACKER, [], [], [], attacks[n]))
+            for n, game in enumerate(games)]
 
 
-
-def earned(games: list[Game]) -> list[float]:
-    """What the attacker earned in each game of the zero-sum table, forfeits included; unknown where the judge could not be read."""
-    paid = [payoffs(g, REWARDS["zero_sum"])[ATTACKER] if g.verdict.readable else None for g in games]
-    return [math.nan if p is None else p for p in paid]
-
+def earned(games: list[Game], reward: str, side: str) -> np.ndarray:
+    """What a side earned in each game, forfeits included, [N]; NaN for a tie or an unreadable verdict."""
+    paid = [payoffs(g, REWARDS[reward])[side] if g.verdict.readable else None for g in games]
+    return np.array(paid, dtype=float)   # None -> NaN
 
 
-def outcome(games: list[Game]) -> dict:
-    """What these games say about both players."""
-    read = [g for g in games if g.verdict.readable]
-    return {"payoff": average(earned(games)), "asr": rate([bool(g.verdict.response_harmful) for g in read if g.seed.harmful]),
-            "benign_answered": rate([not g.verdict.refusal for g in read if not g.seed.harmful and g.verdict.refusal is not None]),
-            "forfeit": rate([payoffs(g, REWARDS["zero_sum"])[ATTACKER] == REWARDS["zero_sum"].forfeit for g in read])}
+def outcome(games: list[Game], reward: str) -> dict:
+    """What the attacker earned, and rates. Games with an unreadable verdict are left out."""
+    readable = [g for g in games if g.verdict.readable]
+    benign = [g.verdict.refusal for g in readable if not g.seed.harmful]
+    return {"payoff": average(earned(games, reward, ATTACKER)),
+            "asr": rate([bool(g.verdict.response_harmful) for g in readable if g.seed.harmful]),
+            "benign_answered": rate([not refusal for refusal in benign if refusal is not None]),
+            "forfeit": rate([not is_legal(g) for g in readable])}
 
 
+# ---------------------------------------------------------------- cross-play
 
-def cross(players: list[Callable[[], EvalModel]], matchup: Matchup) -> list[list[dict]]:
+def cross(players: dict, matchup: Matchup) -> dict:
     """
-    The outcome of every attacker (row) against every defender (column). Attackers write once; all defenders answer the same attacks.
-    Players are opened one after the other: several large models would not fit.
+    The outcome of every defender against every attacker: cells[defender][attacker]. Attackers write once, and
+    all defenders answer the same attacks. `players` open their models, one at a time: several may not fit.
     """
-    attacks = [attack for player in players for attack in attacks_of(player(), matchup)]
-    n, columns = len(matchup.seeds), []
-    for player in players:
+    attacks = []
+    for player in players.values():
+        attacks += attacks_of(player(), matchup)
+    n = len(matchup.seeds)
+    cells = {}
+    for defender, player in players.items():
         games = games_of(player(), matchup, attacks)
-        columns.append([outcome(games[begin:begin + n]) for begin in range(0, len(games), n)])
-    return [list(row) for row in zip(*columns)]
+        cells[defender] = {attacker: outcome(games[i * n:(i + 1) * n], matchup.reward)
+                           for i, attacker in enumerate(players)}
+    return cells
 
 
-
-def equilibrium(cells: list[list[dict]]) -> dict:
-    """The equilibrium mixtures over these policies, and what each policy by itself gains against the other side's mixture: at most 0."""
-    payoff_AD = np.array([[cell["payoff"]["value"] for cell in row] for row in cells])
-    mixture_A, mixture_D, value = nash(payoff_AD)
-    return {"value": value, "attackers": mixture_A.tolist(), "defenders": mixture_D.tolist(),
-            "attacker_gain": (payoff_AD @ mixture_D - value).tolist(), "defender_gain": (value - mixture_A @ payoff_AD).tolist()}
-
+def matrix(cells: dict, key: str) -> np.ndarray:
+    """One value of every cell, [attackers, defenders]."""
+    columns = []
+    for column in cells.values():
+        columns.append([cell[key]["value"] for cell in column.values()])
+    return np.array(columns, dtype=float).T
 
 
-ASSUMPTIONS = """\
-The bound. What one side earns the other pays, a forfeit included; the defender maximises its payoff; and every prompt has a reply that pays
-it at least 0: a refusal, +2 where the prompt is harmful, 0 where it is not. If neither side can gain more than eps by another policy, the
-defender's mean payoff against EVERY attacker is at least -2 eps: by that safe reply it would have at least 0, so it has at least -eps
-already, and no attacker takes more than another eps. The mean is over seeds: for a seed of probability q alone it is -2 eps / q. eps is the
-larger of both sides' gains, so it takes --side attacker defender; and the responses here are not the best there are: the measured gain is
-a lower bound of eps, and the bound holds if nothing gains more."""
+def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
+    """
+    The mixtures of a zero-sum matrix game at equilibrium, of attackers (rows), which maximise, and defenders.
+    Regret matching+ (Tammelin, arXiv 1407.5042): the sides move in turn, each plays its choices in proportion
+    to their regrets, which never fall below 0, and round t counts t times in the average. `gap` is the most
+    that an attacker and a defender could still gain, added: 0 at the exact equilibrium.
+
+    >>> [round(weight, 3) for weight in equilibrium(np.array([[5.0, -1.0], [-2.0, 4.0]]))["attacker"]]
+    [0.5, 0.5]
+    """
+    payoff_of = (payoff_AD, -payoff_AD.T)   # each side's own choices are rows
+    regrets = [np.full(n, 1 / n) for n in payoff_AD.shape]
+    mixtures = list(regrets)
+    totals = list(regrets)
+    for t in range(1, rounds + 1):
+        for side in (0, 1):
+            gain_N = payoff_of[side] @ mixtures[1 - side]
+            regrets[side] = np.maximum(1e-12, regrets[side] + gain_N - mixtures[side] @ gain_N)
+            mixtures[side] = regrets[side] / regrets[side].sum()
+            totals[side] = totals[side] + t * mixtures[side]
+    mixture_A, mixture_D = [total / total.sum() for total in totals]
+    gain_A = payoff_AD @ mixture_D
+    loss_D = mixture_A @ payoff_AD
+    return {ATTACKER: mixture_A.tolist(), DEFENDER: mixture_D.tolist(), "value": float(mixture_A @ gain_A),
+            "gap": float(gain_A.max() - loss_D.min())}
 
 
+def crossplay(args: Namespace) -> dict:
+    """Play all models against each other, scored by the first run's payoff table. Prints and returns all."""
+    matchup = matchups(args.models[0], args.n, args.prompts)[0]
+    cells = cross({name: partial(open_eval_model, name) for name in args.models}, matchup)
+    attackers = {name: name for name in args.models}
+    titles = {"asr": "attack success (down)", "payoff": f"attacker earns, {matchup.reward} table"}
+    for key, title in titles.items():
+        title = f"{title}; {matchup.name} requests, n = {args.n}"
+        print(markdown(title, cells, attackers, lambda cell: interval(cell[key])))
+    # As if defenders minimised what attackers earn: in a general-sum table they do not quite.
+    game = equilibrium(matrix(cells, "payoff"))
+    print(f"equilibrium: the attacker earns {game['value']:.3f}, gap {game['gap']:.1e}; weights in order:")
+    for side in (ATTACKER, DEFENDER):
+        print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
+    return {"kind": "crossplay", "seeds": matchup.name, "cells": cells, "equilibrium": game}
 
-def flags_of(config: dict) -> list[str]:
-    """A configuration as train.py's command line."""
-    flags = []
-    for name, value in config.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value not in ("", [], None):
-            flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
 
+# ---------------------------------------------------------------- best responses: training
+
+# A run's settings that its best responses do not share.
+NOT_COPIED = ("attacks", "sft", "sft_steps", "resume", "plan", "save_every", "world", "prompts")
 
 
 @dataclass(frozen=True)
 class BestResponse:
-    """A best response to a frozen model: where it begins, its folder, and its configuration of train.py; the side that learns is `play`."""
+    """A policy trained against a frozen model: its side, where it begins, its folder, train.py's settings."""
+    side: str
     origin: str
     folder: Path
     config: dict
 
 
+def best_responses(name: str, args: Namespace) -> list[BestResponse]:
+    """The best responses that the command line asks for. They train as the run did, without the KL term."""
+    config = need_config(name)
+    own = str(find_checkpoint(name))
+    origins = {own: "own", start_of(name): "start"}   # one and the same, "start", if the model is the start
+    shared = {key: value for key, value in config.items() if key not in NOT_COPIED}
+    shared |= {"opponent": own, "steps": args.steps, "games": args.games or config["games"],
+               "lr": args.lr or config["lr"], "kl": 0.0, "exam": False}
+    responses = []
+    for side, (model, origin), seed in product(args.side, origins.items(), args.seeds):
+        if origin in vars(args)["from"]:
+            settings = shared | {"play": side, "model": model, "seed": seed}
+            # Other settings or weights are another folder: no response is mistaken for another.
+            key = hashlib.sha256(f"{settings} {weights_hash(name)}".encode()).hexdigest()[:8]
+            label = f"{short(name)}-{side}-{origin}-{seed}-{key}".replace("/", "-")
+            folder = Path(args.out).with_suffix("") / label
+            responses.append(BestResponse(side, origin, folder, settings | {"out": str(folder)}))
+    if not responses:
+        stop(f"{name}: is where its run started; add --from start.")
+    return responses
 
-def responses(name: str, args: Namespace) -> list[BestResponse]:
-    """The best responses that the command line asks for. They train as the run itself did, but pay nothing for leaving the start."""
-    config, origins = need_config(name), {"start": start_of(name), "own": name}
-    same = {key: config[key] for key in config.keys() - {"attacks", "sft", "resume", "plan", "save_every", "sft_steps"}}
-    same |= {"opponent": str(find_checkpoint(name)), "steps": args.steps, "games": args.games or config["games"], "lr": args.lr or config["lr"],
-             "kl": 0.0, "exam": False, "reward": "zero_sum"}
-    if weights_hash(origins["start"]) == weights_hash(name):
-        del origins["own"]                                        # the start itself
-    found = []
-    for side, origin, seed in product(args.side, [origin for origin in args.origin if origin in origins], args.seeds):
-        label = f"{short(name).replace(' ', '-')}-{weights_hash(name)}-{side}-{origin}-{seed}-{args.steps}"
-        folder = Path(args.out).with_suffix("") / label
-        mine = same | {"play": side, "model": str(find_checkpoint(origins[origin])), "seed": seed, "out": str(folder)}
-        found.append(BestResponse(origin, folder, mine))
-    return found or stop(f"{name}: is where its run started; add --from start.")
+
+def flags_of(config: dict) -> list[str]:
+    """Settings as train.py's command line."""
+    flags = []
+    for name, value in config.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in ("", []):
+            flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
-
-def train_response(response: BestResponse, threads: int) -> None:
-    """Train it by train.py in a process of its own, unless it is there already; one that was interrupted goes on."""
-    folder, command = response.folder, [sys.executable, str(Path(__file__).parent / "train.py"), *flags_of(response.config)]
+def train_response(response: BestResponse) -> None:
+    """Train it by train.py in a process of its own. A finished one is kept, an interrupted one goes on."""
+    folder = response.folder
+    if (folder / f"step_{response.config['steps']:06d}").is_dir():
+        return
+    command = [sys.executable, str(Path(__file__).parent / "train.py"), *flags_of(response.config)]
     if (folder / "latest").is_file():
-        before = json.loads((folder / "config.json").read_text())
-        if changed := [key for key, value in response.config.items() if before[key] != value]:
-            stop(f"{folder} holds a response trained with other {', '.join(sorted(changed))}; choose another --out.")
         command.append("--resume")
-    if not (folder / f"step_{response.config['steps']:06d}").is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{folder}.log", "a") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads), **os.environ})
-        if done.returncode:
-            stop(f"{folder}: training this response failed; {folder}.log says why.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as log:
+        done = subprocess.run(command, stdout=log, stderr=log)
+    if done.returncode:
+        stop(f"{folder}: training this response failed; {folder}.log says why.")
 
 
+# ---------------------------------------------------------------- best responses: measuring
 
-def train_responses(wanted: list[BestResponse], jobs: int) -> None:
-    """All of them, `jobs` at a time, which share the cores."""
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), desc="best responses", unit="run") as bar:
-        for _ in pool.map(lambda response: train_response(response, max(1, (os.cpu_count() or 1) // jobs)), wanted):
-            bar.update()
-
-
-
-def curve(folder: Path, side: str) -> list[dict]:
-    """A response's training: attack success, and the payoff of the side that learns, against the step."""
-    lines = {line["step"]: line for _, line in read_rows(str(folder / "metrics.jsonl"))}
-    return [{"step": step, "asr": line["asr"], "payoff": line[f"reward_{side}"]} for step, line in sorted(lines.items())]
+def fixed_attacks(seeds: list[Seed], tactics: dict) -> list[Reply]:
+    """Attacks that always use the same tactics, one set on harmful and one on benign requests."""
+    texts = [toy.disguise(toy.request(seed.text), tactics[seed.harmful]) for seed in seeds]
+    return [Reply(text, "", text, True) for text in texts]
 
 
-
-def best_disguises(subject: EvalModel, matchup: Matchup) -> dict[bool, frozenset[str]]:
-    """
-    The embedded world's luxury: of the 64 attackers that always use the same tactics, the one that earns most on harmful requests, and the
-    one that does on benign ones, found by trying them all.
-    """
+def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
+    """The sets of tactics that earn most on harmful and on benign requests: all 64 are tried on 96 seeds."""
     few = replace(matchup, seeds=matchup.seeds[:96])
-    attacks = [Reply("", "", toy.disguise(toy.request(s.text), tactics), True) for tactics in toy.SETS for s in few.seeds]
-    paid_SN = np.array(earned(games_of(subject, few, attacks))).reshape(len(toy.SETS), -1)
-    harmful_N = np.array([s.harmful for s in few.seeds])
+    attacks = []
+    for tactics in toy.SETS:
+        attacks += fixed_attacks(few.seeds, {True: tactics, False: tactics})
+    paid_SN = earned(games_of(defender, few, attacks), few.reward, ATTACKER).reshape(len(toy.SETS), -1)
+    harmful_N = np.array([seed.harmful for seed in few.seeds])
     return {kind: toy.SETS[paid_SN[:, harmful_N == kind].mean(1).argmax()] for kind in (True, False)}
 
 
-
-def exploited(name: str, mine: list[BestResponse], places: list[Matchup]) -> dict:
+def measure(model: EvalModel, responses: list[BestResponse], matchup: Matchup, tactics: dict) -> list[dict]:
     """
-    A model against itself and against its best responses, in fresh games in every matchup. A response's gain is what it earns more than
-    the model itself in its place, seed by seed.
+    The outcome of fresh games between a model and every response, with that of its own games beside it. A
+    gain is measured seed by seed. `tactics`, if any, are those of one more attacker, which always uses them.
     """
-    subject, entries = open_eval_model(name, places[0].prompts), []
-    own = {a.name: games_of(subject, a, attacks_of(subject, a)) for a in places}
-
-    def enter(side: str, origin: str, steps: list[dict], games: dict[str, list[Game]]) -> None:
-        sign = 1 if side == ATTACKER else -1
-        gain = {place: difference([sign * p for p in earned(g)], [sign * p for p in earned(own[place])]) for place, g in games.items()}
-        found = {place: outcome(g) | {"gain": gain[place]} for place, g in games.items()}
-        entries.append({"side": side, "from": origin, "curve": steps} | found)
-    for response in mine:
-        other, side = open_eval_model(str(response.folder), places[0].prompts), response.config["play"]
-        attacking, defending = (other, subject) if side == ATTACKER else (subject, other)
-        games = {a.name: games_of(defending, a, attacks_of(attacking, a)) for a in places}
-        enter(side, f"{response.origin}, seed {response.config['seed']}", curve(response.folder, side), games)
-    if places[-1].prompts is toy.PROMPTS and any(e["side"] == ATTACKER for e in entries):
-        best = best_disguises(subject, places[-1])
-        always = {a.name: [Reply("", "", toy.disguise(toy.request(s.text), best[s.harmful]), True) for s in a.seeds] for a in places}
-        enter(ATTACKER, "64 disguises: " + " / ".join("+".join(sorted(best[kind])) or "none" for kind in (True, False)), [],
-              {a.name: games_of(subject, a, always[a.name]) for a in places})
-    return {"name": short(name), "own": {place: outcome(games) for place, games in own.items()}, "responses": entries,
-            "strongest": strongest(entries, places[-1].name)}
+    own = games_of(model, matchup, attacks_of(model, matchup))
+    played = {}
+    for response in responses:
+        players = {ATTACKER: model, DEFENDER: model, response.side: open_eval_model(str(response.folder))}
+        attacks = attacks_of(players[ATTACKER], matchup)
+        title = f"{response.origin}, seed {response.config['seed']}"
+        played[response.side, title] = games_of(players[DEFENDER], matchup, attacks)
+    if tactics:
+        names = f"{'+'.join(sorted(tactics[True]))} / {'+'.join(sorted(tactics[False]))}"
+        title = f"{len(toy.SETS)} fixed tactics, {names}"
+        played[ATTACKER, title] = games_of(model, matchup, fixed_attacks(matchup.seeds, tactics))
+    result = outcome(own, matchup.reward)
+    entries = []
+    for (side, title), games in played.items():
+        gain = difference(earned(games, matchup.reward, side), earned(own, matchup.reward, side))
+        entry = {"side": side, "from": title, "own_asr": result["asr"], "own_payoff": result["payoff"]}
+        entries.append(entry | outcome(games, matchup.reward) | {"gain": gain})
+    return entries
 
 
-
-def strongest(entries: list[dict], place: str) -> dict[str, int]:
-    """For each side, which response gains most; asked of the last matchup, so that another one's numbers are not chosen by themselves."""
-    by_gain = sorted(range(len(entries)), key=lambda i: entries[i][place]["gain"]["value"])
-    return {entries[i]["side"]: i for i in by_gain}               # the last of a side, with the largest gain, stays
+EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (down)",
+           "own_payoff": "the attacker earns, itself", "payoff": "- with the response",
+           "gain": "gain of the response: eps is at least that"}
 
 
+def strongest(reported: list[dict], others: list[dict]) -> dict:
+    """For each side, the reported entry of the response that gains most in the other games."""
+    pairs = sorted(zip(others, reported, strict=True), key=lambda pair: pair[0]["gain"]["value"])
+    return {entry["side"]: entry for _, entry in pairs}   # a larger gain overwrites a smaller one
 
-def exploit_table(subjects: list[dict], place: str) -> str:
-    """A row per model and side: itself, its strongest response, the gain; and the bound, for which both sides' gains must be known."""
-    rows = []
-    for found in subjects:
-        eps = max(0.0, *(found["responses"][i][place]["gain"]["value"] for i in found["strongest"].values()))
-        bound = f"{-2 * eps:.2f}" if len(found["strongest"]) == 2 else "-"
-        for side, i in sorted(found["strongest"].items()):
-            best, own = found["responses"][i], found["own"][place]
-            others = [e[place]["gain"]["value"] for e in found["responses"] if e["side"] == side]
-            rows.append([found["name"], f"{side} from {best['from']}", interval(own["asr"]), interval(best[place]["asr"]),
-                         interval(own["payoff"]), interval(best[place]["payoff"]), interval(best[place]["gain"]),
-                         f"{min(others):.2f} to {max(others):.2f}", bound])
-    return markdown([f"{place} requests", "strongest response", "attack success, own attacker", "attack success, best response (down)",
-                     "attacker earns, itself", "attacker earns, best response", "gain eps (down)", "gain, all responses",
-                     "-2 eps"], rows)
 
+def exploit(args: Namespace) -> dict:
+    """Train best responses to every model, measure them, and print the strongest. Returns all results."""
+    wanted = {name: best_responses(name, args) for name in args.models}
+    responses = sum(wanted.values(), [])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = pool.map(train_response, responses)
+        list(tqdm(done, desc="best responses trained", total=len(responses), leave=False))
+    models = {}
+    columns = {}
+    for name, responses in wanted.items():
+        model = open_eval_model(name)
+        meetings = matchups(name, args.n, args.prompts)
+        in_toy = all(toy.request(seed.text) for seed in meetings[-1].seeds)
+        tactics = best_tactics(model, meetings[-1]) if in_toy and ATTACKER in args.side else {}
+        results = [measure(model, responses, matchup, tactics) for matchup in meetings]
+        # Chosen on the last matchup and reported on the first: no number is chosen for being large.
+        for side, entry in strongest(results[0], results[-1]).items():
+            tried = [entry["side"] for entry in results[0]].count(side)
+            columns[f"{name}: {side} from {entry['from']}, strongest of {tried}"] = entry
+        models[name] = results[0]
+    print(markdown(f"{meetings[0].name} requests, n = {args.n}", columns, EXPLOIT), flush=True)
+    return {"n": args.n, "models": models}
