@@ -19,7 +19,7 @@ import pytest
 from conftest import measured
 
 ROOT = Path(__file__).parent.parent
-TRAIN = [sys.executable, ROOT / "train.py", "--steps", "100000", "--games", "32", "--sft-steps", "20"]
+TRAIN = [sys.executable, ROOT / "train.py", "--steps", "100000", "--games", "16", "--sft-steps", "40"]
 MATMULS = """
 import torch
 a = torch.randn(1024, 1024)
@@ -32,7 +32,7 @@ print("busy", flush=True)
 while True:
     pass
 """
-ROUNDS = 4   # of two steps alone and two beside the neighbours
+ROUNDS = 3   # of two steps alone and two beside the neighbours
 USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
 
 
