@@ -2,8 +2,8 @@
 A machine that others use too: how much a training step slows down beside two busy processes.
 
 Three runnable threads on two cores make a step 1.5 times as long, five threads 2.5 times. OpenMP threads that
-spin while they wait for each other make it 4 to 40 times; kernels/__init__.py says how they wait. The bound is
-a ratio, not a time. The neighbours are stopped and continued in turns, so that other load slows both sides.
+spin while they wait for each other make it 4 to 40 times; kernels/__init__.py says how they wait. The bound
+is a ratio, not a time. The neighbours are stopped and continued in turns: other load then slows both sides.
 """
 import json
 import os
