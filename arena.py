@@ -6,8 +6,8 @@ Any attacker against any defender: cross-play with its equilibrium, and best res
 
 A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
 any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
-that it is not, so tables say how many opponents were tried. Payoffs are those of the run's own table. Both
-players sample at temperature 1, as in training.
+that it is not, so `exploit` lists the opponents that it tried. Payoffs are those of the run's own table.
+Both players sample at temperature 1, as in training.
 Run: python eval.py crossplay RUN RUN ... or python eval.py exploit RUN ...
 """
 import hashlib
@@ -195,8 +195,8 @@ def alternate(rows: list[tuple], n: int) -> list[Seed]:
 
 def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
     """
-    Where the players of a run meet, with n seeds each: on the requests of `files`, or else of the run's own
-    seed files. A run of the embedded world has none; it meets on the held-out and on the training pairs.
+    Where a run's players meet, on n seeds each: the requests of `files`, or else of the run's seed files. A
+    run of the embedded world without any meets on the held-out and on the training pairs.
     """
     config = need_config(name)
     rows = []
@@ -401,8 +401,8 @@ def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
 
 def measure(model: EvalModel, responses: list[BestResponse], matchup: Matchup, tactics: dict) -> list[dict]:
     """
-    The outcome of fresh games between a model and every response, with that of its own games beside it. A
-    gain is measured seed by seed. `tactics`, if any, are those of one more attacker, which always uses them.
+    The outcome of fresh games between a model and every response, with that of its own games beside it. One
+    more attacker always uses `tactics`, if there are any. A gain is measured seed by seed.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
     played = {}
@@ -413,7 +413,7 @@ def measure(model: EvalModel, responses: list[BestResponse], matchup: Matchup, t
         played[response.side, title] = games_of(players[DEFENDER], matchup, attacks)
     if tactics:
         names = f"{'+'.join(sorted(tactics[True]))} / {'+'.join(sorted(tactics[False]))}"
-        title = f"{len(toy.SETS)} fixed tactics, {names}"
+        title = f"the best of {len(toy.SETS)} fixed tactics, {names}"
         played[ATTACKER, title] = games_of(model, matchup, fixed_attacks(matchup.seeds, tactics))
     result = outcome(own, matchup.reward)
     entries = []
@@ -424,8 +424,8 @@ def measure(model: EvalModel, responses: list[BestResponse], matchup: Matchup, t
     return entries
 
 
-EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (down)",
-           "own_payoff": "the attacker earns, itself", "payoff": "- with the response",
+EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the strongest response (down)",
+           "own_payoff": "the attacker earns, itself", "payoff": "- with the strongest response",
            "gain": "gain of the response: eps is at least that"}
 
 
@@ -442,18 +442,19 @@ def exploit(args: Namespace) -> dict:
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(train_response, responses)
         list(tqdm(done, desc="best responses trained", total=len(responses), leave=False))
-    models = {}
-    columns = {}
+    models, columns = {}, {}   # by name, and by title
     for name, responses in wanted.items():
         model = open_eval_model(name)
         meetings = matchups(name, args.n, args.prompts)
         in_toy = all(toy.request(seed.text) for seed in meetings[-1].seeds)
         tactics = best_tactics(model, meetings[-1]) if in_toy and ATTACKER in args.side else {}
         results = [measure(model, responses, matchup, tactics) for matchup in meetings]
+        tried = [f"{entry['side']} from {entry['from']}" for entry in results[0]]
+        print(f"{name} met its own opponent and {len(tried)} others: {'; '.join(tried)}\n")
         # Chosen on the last matchup and reported on the first: no number is chosen for being large.
         for side, entry in strongest(results[0], results[-1]).items():
-            tried = [entry["side"] for entry in results[0]].count(side)
-            columns[f"{name}: {side} from {entry['from']}, strongest of {tried}"] = entry
+            columns[f"{name}: {side} from {entry['from']}"] = entry
         models[name] = results[0]
-    print(markdown(f"{meetings[0].name} requests, n = {args.n}", columns, EXPLOIT), flush=True)
+    title = f"{meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
+    print(markdown(title, columns, EXPLOIT), flush=True)
     return {"n": args.n, "models": models}

@@ -124,7 +124,7 @@ EXAM_RATES = {"asr": "attack success (down)", "asr_1_tactics": "- one tactic",
               "asr_2_tactics": "- two tactics", "asr_3_tactics": "- three tactics",
               "benign_answered": "benign answered (up)", "benign_answered_0_tactics": "- plain"}
 DIFFERENCES = {"asr_difference": "attack success, difference to the first, prompt by prompt",
-               "benign_answered_difference": "benign answered, the same"}
+               "benign_answered_difference": "benign answered, difference to the first"}
 
 
 def by_benchmark(files: list[PromptFile], limit: int) -> dict:
@@ -383,13 +383,13 @@ CURVES = {   # a panel each
     "kl": "KL to the start\n(nats per token)"}
 
 
-def canvas(columns: int, width: float, height: float) -> tuple:
-    """A figure, in inches, and its panels in a row."""
+def canvas(columns: int, inches: tuple) -> tuple:
+    """A figure of that size, and its panels in a row."""
     import matplotlib   # takes a second, and only figures need it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, columns, figsize=inches, layout="constrained", squeeze=False)
     return figure, panels[0]
 
 
@@ -407,7 +407,7 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
     for run in runs:
         log = [line for _, line in read_rows(f"{run}/metrics.jsonl")]
         kinds.setdefault(kind_of(need_config(run)), []).append(log)
-    figure, panels = canvas(len(keys), 3.5 * len(keys), 3.4)
+    figure, panels = canvas(len(keys), (3.5 * len(keys), 3.4))
     for panel, key in zip(panels, keys, strict=True):
         for i, (kind, logs) in enumerate(kinds.items()):
             colour = COLOURS[i % 6]
@@ -429,7 +429,7 @@ def draw_crossplay(results: dict, file: Path) -> None:
     asr_AD = matrix(results["cells"], "asr")
     payoff_AD = matrix(results["cells"], "payoff")
     size = 2.6 + 0.85 * len(names)
-    figure, [panel] = canvas(1, size, size)
+    figure, [panel] = canvas(1, (size, size))
     panel.imshow(asr_AD, cmap="cividis", vmin=0, vmax=1)
     for a, d in np.ndindex(asr_AD.shape):
         panel.text(d, a, f"{asr_AD[a, d]:.0%}\n{payoff_AD[a, d]:+.2f}", ha="center", va="center",

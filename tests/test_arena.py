@@ -238,10 +238,11 @@ def test_exploit_trains_and_measures_and_does_not_train_twice(answered, monkeypa
     exploit(answered)
     printed = capsys.readouterr().out
     results = json.loads((answered.parent / "exploit.json").read_text())["models"][str(answered)]
-    assert "| held-out requests, n = 8 |" in printed
-    assert "strongest of 2" in printed and "eps is at least" in printed
+    assert "| held-out requests, n = 8, zero_sum table |" in printed
+    assert "met its own opponent and 3 others: attacker from own, seed 0; defender from own" in printed
+    assert "strongest response" in printed and "eps is at least" in printed
     assert [entry["side"] for entry in results] == ["attacker", "defender", "attacker"]
-    assert "64 fixed tactics" in results[-1]["from"]
+    assert "the best of 64 fixed tactics" in results[-1]["from"]
 
 
 def flags(**settings):
