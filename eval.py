@@ -526,7 +526,8 @@ def main() -> None:
             default, help, *choices = FLAGS[flag]
             several = isinstance(default, list)
             kind = type((default or [""])[0] if several else default)
-            command.add_argument(f"--{flag}", default=own_default or default, help=f"{help} [%(default)s]",
+            shown = own_default or default
+            command.add_argument(f"--{flag}", default=shown, help=f"{help} [{shown}]" if shown else help,
                                  type=positive if isinstance(default, int) and default else kind,
                                  nargs="+" if several else None, choices=choices or None)
     args = cli.parse_args()
