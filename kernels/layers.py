@@ -147,16 +147,19 @@ def attention_reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor
     B, T, H, E = query_BTHE.shape
     K = key_BKSE.shape[1]
     G = H // K
-    query_BKTGE = (query_BTHE * E**-0.5).view(B, T, K, G, E).transpose(1, 2)
+    # At least fp32: sampler and trainer add in different orders, and would round to different bf16 numbers.
+    dtype = torch.promote_types(query_BTHE.dtype, torch.float32)
+    query_BTKGE = (query_BTHE.to(dtype) * E**-0.5).view(B, T, K, G, E)
     # Pad to 4 queries: below that, CPU matmuls are slower and round differently, and the sampler's log-probs
     # would differ from the trainer's.
     missing = max(0, -(-MIN_QUERIES // T) - G)
-    query_BKNE = F.pad(query_BKTGE, (0, 0, 0, missing)).flatten(2, 3)   # N = T * (G + missing)
+    query_BTKGE = F.pad(query_BTKGE, (0, 0, 0, missing))
+    query_BKNE = query_BTKGE.transpose(1, 2).flatten(2, 3)   # N = T * (G + missing)
     # Adding -inf is 3 to 5 times faster than masked_fill.
-    logit_BKTGS = (query_BKNE @ key_BKSE.mT).unflatten(2, (T, -1)).add_(mask)
-    out_BKNE = logit_BKTGS.softmax(-1).flatten(2, 3) @ value_BKSE
+    logit_BKTGS = (query_BKNE @ key_BKSE.to(dtype).mT).unflatten(2, (T, -1)).add_(mask)
+    out_BKNE = logit_BKTGS.softmax(-1).flatten(2, 3) @ value_BKSE.to(dtype)
     out_BKTGE = out_BKNE.unflatten(2, (T, -1))[:, :, :, :G]
-    return out_BKTGE.transpose(1, 2).reshape(B, T, H * E)
+    return out_BKTGE.transpose(1, 2).reshape(B, T, H * E).to(query_BTHE.dtype)
 
 
 def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor:
