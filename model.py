@@ -61,7 +61,7 @@ class ModelConfig:
     ffn_dim: int   # of the feed-forward layer, I
     vocab: int
     rope_theta: float
-    # Llama 3's scaling: factor, low and high bound in turns, original context in tokens
+    # Llama 3's scaling, see rope_frequencies: factor, two bounds in turns, original context in tokens
     rope_scaling: tuple[float, float, float, float] | None
     norm_eps: float
     tied: bool
@@ -91,15 +91,15 @@ NO_EFFECT = {"bos_token_id", "pad_token_id", "use_cache", "max_position_embeddin
 def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
     """Fields of a config that ask for what is not implemented: unknown ones must have their default."""
     from transformers import PreTrainedConfig
-    usual = type(hf_config)().to_dict()  # every field that transformers reads, at its default
+    usual = type(hf_config)().to_dict()  # all that transformers reads for this architecture, at its default
     usual |= {"layer_types": ["full_attention"] * hf_config.num_hidden_layers} | ONE_VALUE
-    checked = usual.keys() - READ - NO_EFFECT - PreTrainedConfig().to_dict().keys()
+    checked = usual.keys() - READ - NO_EFFECT - PreTrainedConfig().to_dict().keys()  # those are bookkeeping
     rope = hf_config.rope_parameters
     rope_fields = {"rope_theta"}
     if rope["rope_type"] in ROPE_FIELDS:
         rope_fields |= {"rope_type", *ROPE_FIELDS[rope["rope_type"]]}
-    values = hf_config.to_dict()
-    refused = {key: values[key] for key in checked & values.keys() if values[key] != usual[key]}
+    values = hf_config.to_dict().items()
+    refused = {key: value for key, value in values if key in checked and value != usual[key]}
     return refused | {key: value for key, value in rope.items() if key not in rope_fields}
 
 
@@ -144,7 +144,7 @@ class Cache:
         self.slots = slots
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, and return all its slots. `forward` moves length_B."""
+        """Write one layer's new keys and values, and return all its slots. `forward` raises length_B."""
         keys_BKSE, values_BKSE = self.block_2LBKSE[:, layer]
         T = key_BKTE.shape[2]
         if T > 1:  # prefill: all rows at once
@@ -166,7 +166,7 @@ class Cache:
         return attend_one(query_BTHE, keys_BKSE, values_BKSE, self.length_B)
 
     def copy_rows(self, rows: list[int] | slice, other: Cache, other_rows: list[int] | slice) -> None:
-        """Copy all slots of some rows of a smaller cache into the first slots of these rows."""
+        """Copy rows of a smaller cache, or its only row, to the first slots of these; not their lengths."""
         self.block_2LBKSE[:, :, rows, :, :other.slots] = other.block_2LBKSE[:, :, other_rows]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -190,8 +190,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
         return frequency_E2
     factor, low, high, original_context = config.rope_scaling
     turns_E2 = original_context * frequency_E2 / (2 * math.pi)
-    share_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)
-    return frequency_E2 * (share_E2 + (1 - share_E2) / factor)
+    kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays
+    return frequency_E2 * (kept_E2 + (1 - kept_E2) / factor)
 
 
 def rotation(position_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
@@ -414,7 +414,7 @@ def find_checkpoint(name: str) -> Path:
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
-    for folder in (Path(name), Path(name).parent):
+    for folder in (Path(name), Path(name).absolute().parent) if Path(name).is_dir() else ():
         if (folder / "latest").is_file() and (folder / "config.json").is_file():
             return json.loads((folder / "config.json").read_text())
     return {}

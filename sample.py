@@ -4,9 +4,9 @@ How text is drawn, fast, and with what probability.
     prompts -> prefill -> rows of a DecodeBatch -> [ logits_BV -> log_policy -> one token per row ] -> replies
 
 The sampler records a token's log-probability under exactly the distribution it was drawn from. Chance is an
-argument: one uniform number per token, a function of (seed, step, game, turn). So a game's text depends
-neither on the batch nor on the process that samples it. Speed comes from continuous batching (a waiting
-prompt starts as soon as a row is free), from prefill in large passes, and from running shared prefixes once.
+argument: one uniform number per token, a function of (seed, step, game, turn). So a game's text depends, up
+to rounding, neither on the batch nor on the process that samples it. Speed comes from continuous batching (a
+waiting prompt starts as soon as a row is free), from prefill in large passes, and from shared prefixes.
 
     python sample.py runs/toy-self-0 "how do i kill the weed"
 """
@@ -94,8 +94,9 @@ def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequ
 
 @lru_cache(maxsize=64)
 def template_prefix(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """The tokens with which every filling of a template begins: a shared prefix for `sample`."""
-    probes = ("a", "0", " ", "\n", "?")  # a text's first character may merge with the template's last token
+    """The tokens with which the fillings of a template begin: a shared prefix for `sample`."""
+    # a text's first characters may merge with the template's last token, so try several
+    probes = ("a", "0", " ", "\n", "?")
     n_texts = template.count(PLACEHOLDER)
     return commonprefix([fill_template(tokenizer, template, [probe] * n_texts) for probe in probes])
 
@@ -129,10 +130,9 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     over 150,000 tokens, fp32 sums would lose the rare ones.
     """
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-    total_B1 = cdf_BV[:, -1:]  # 1 up to rounding
-    # strictly below the total, or rounding could pick a last token of probability 0
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    point_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_B1)
+    # the total is 1 up to rounding; u <= 1 - 2^-53, so this stays below it, and a last token of probability 0
+    # is never drawn
+    point_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
 
 # ---------------------------------------------------------------- prompts to cached keys and values
@@ -282,6 +282,7 @@ class DecodeBatch:
         rows = max(MIN_ROWS, self.n_active())
         if self.next_B.is_cuda or rows > COMPACT_BELOW * len(self.prompt_B):
             return  # a GPU would have to record its step anew
+        # active rows first
         kept = sorted(range(len(self.prompt_B)), key=lambda b: self.prompt_B[b] is None)[:rows]
         self.prompt_B = [self.prompt_B[b] for b in kept]
         self.next_B = self.next_B[kept]
@@ -346,6 +347,8 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
         return []
     slots = max(len(prompt) for prompt in prompts) + uniform_NT.shape[1]
     rows = min(len(prompts), max_rows or max(1, CACHE_SLOTS // slots))
+    if not max_rows and not model.embed_tokens.weight.is_cuda:
+        rows = max(rows, MIN_ROWS)
     batch = DecodeBatch(model, rows, slots, uniform_NT, temperature)
     queue = PromptQueue(model, prompts, prefixes)
     replies = [Sample([], [], False) for _ in prompts]
