@@ -491,7 +491,7 @@ FLAGS = {   # default, whose type is the flag's, meaning, and choices; a count i
     "n": (384, "attacks, or games of a pair of players"),
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
-    "side": ([ATTACKER], "that responds", ATTACKER, DEFENDER),
+    "side": ([ATTACKER], "the side that responds", ATTACKER, DEFENDER),
     "from": (["start", "own"], "where responses begin", "start", "own"),
     "seeds": ([0, 1], "a response each"),
     "steps": (60, "of a response's training"),
@@ -499,8 +499,7 @@ FLAGS = {   # default, whose type is the flag's, meaning, and choices; a count i
     "lr": (0.0, "of a response; 0: the run's"),
     "jobs": (1, "responses trained at the same time"),
     "curves": (list(CURVES), "panels", *CURVES),
-    "out": ("", "file for the numbers, or for the figure of the runs"),
-}
+    "out": ("", "file for the numbers, or for the figure of the runs")}
 COMMANDS = {   # name: its function, what it does, and its flags; a default after = replaces that in FLAGS
     "bench": (main_bench, "attack success and benign requests answered",
               "judge prompts limit max-new-tokens transcripts replies json"),
@@ -511,8 +510,7 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "exploit": (main_exploit, "train best responses to frozen models: what do they gain?",
                 "side from seeds steps games lr n jobs prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
-    "plot": (main_plot, "training curves, or the heat map of a file", "curves out"),
-}
+    "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
 
 
 def main() -> None:
