@@ -16,7 +16,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -439,9 +438,8 @@ def exploit(args: Namespace) -> dict:
     """Train best responses to every model, measure them, and print the strongest. Returns all results."""
     wanted = {name: best_responses(name, args) for name in args.models}
     responses = sum(wanted.values(), [])
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(train_response, responses)
-        list(tqdm(done, desc="best responses trained", total=len(responses), leave=False))
+    for response in tqdm(responses, desc="best responses trained", leave=False):
+        train_response(response)
     models, columns = {}, {}   # by name, and by title
     for name, responses in wanted.items():
         model = open_eval_model(name)

@@ -15,9 +15,8 @@ Wilson interval, any other number with a 95 % bootstrap interval. `bench` decode
 import json
 import math
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -185,53 +184,19 @@ def main_bench(args: Namespace) -> None:
 
 # ---------------------------------------------------------------- diversity: measures
 
-@lru_cache(maxsize=65536)
-def ngrams(words: tuple[str, ...], n: int) -> Counter:
-    """How often each run of n words occurs."""
-    return Counter(words[i:i + n] for i in range(len(words) - n + 1))
-
-
-def sentence_bleu(words: tuple[str, ...], references: list) -> float:
-    """
-    BLEU-4 of one sentence in [0, 1] (Papineni et al., ACL 2002), with exponential smoothing of empty counts
-    (Chen and Cherry, WMT 2014, method 3). A sentence of fewer than four words has as many orders as words.
-    Without a word in common BLEU is 0.
-
-    >>> sentence_bleu(tuple("abcde"), [tuple("abcde")])
-    1.0
-    """
-    logs = []
-    smooth = 1.0
-    for n in range(1, min(4, len(words)) + 1):
-        highest = Counter()
-        for reference in references:
-            highest |= ngrams(reference, n)   # the larger count of each
-        hits = (ngrams(words, n) & highest).total()
-        if not hits and n == 1:
-            return 0.0
-        smooth = smooth if hits else 2 * smooth
-        logs.append(math.log((hits or 1 / smooth) / (len(words) - n + 1)))
-    closest = min(map(len, references), key=lambda length: (abs(length - len(words)), length))
-    return math.exp(min(0.0, 1 - closest / len(words)) + sum(logs) / len(logs))
-
-
 def self_bleu(texts: list[str]) -> list:
-    """The BLEU of each text against all others (Zhu et al., SIGIR 2018): 1 if all are the same."""
-    sentences = [tuple(text.split()) for text in texts if text.split()]
-    if len(sentences) < 2:
-        return []
-    return [sentence_bleu(words, sentences[:i] + sentences[i + 1:]) for i, words in enumerate(sentences)]
-
-
-def distinct(texts: list[str], n: int) -> dict:
-    """Different n-grams over all n-grams (Li et al., NAACL 2016)."""
-    counts = [ngrams(tuple(text.split()), n) for text in texts]
-    total_N = np.array([count.total() for count in counts])
-
-    def measure(weight_N: np.ndarray) -> float:
-        different = set().union(*(counts[i] for i in np.flatnonzero(weight_N)))
-        return len(different) / max(1, weight_N @ total_N)
-    return bootstrap(measure, len(texts))
+    """
+    The BLEU-4 of each text against all others, in [0, 1] (Zhu et al., SIGIR 2018): 1 if all are the same. BLEU
+    has exponential smoothing, and of a short text as many orders as it has words.
+    """
+    from sacrebleu import sentence_bleu  # only this needs it
+    texts = [text for text in texts if text.split()]
+    scores = []
+    for i, text in enumerate(texts if len(texts) > 1 else []):
+        others = texts[:i] + texts[i + 1:]
+        bleu = sentence_bleu(text, others, smooth_method="exp", tokenize="none", use_effective_order=True)
+        scores.append(bleu.score / 100)
+    return scores
 
 
 def entropy(labels: list) -> dict:
@@ -291,12 +256,10 @@ def diversity(games: list, embedder: str = "") -> dict:
     return {"n": len(texts),
             "inv_sbert": embedding_diversity(embed(texts, embedder)) if embedder and texts else average([]),
             "inv_self_bleu": average([1 - bleu for bleu in self_bleu(texts)]),
-            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2),
             "tactic_entropy": entropy(tactics), "faithful": rate(faithful)}
 
 
 DIVERSITY = {"inv_sbert": "1 - cosine (up)", "inv_self_bleu": "1 - self-BLEU (up)",
-             "distinct_1": "distinct-1 (up)", "distinct_2": "distinct-2 (up)",
              "tactic_entropy": "tactic-set entropy, nats (up)", "faithful": "faithful (up)"}
 
 
@@ -497,7 +460,6 @@ FLAGS = {   # default, whose type is the flag's, meaning, and choices; a count i
     "steps": (60, "of a response's training"),
     "games": (0, "a step of it; 0: as many as the run"),
     "lr": (0.0, "of a response; 0: the run's"),
-    "jobs": (1, "responses trained at the same time"),
     "curves": (list(CURVES), "panels", *CURVES),
     "out": ("", "file for the numbers, or for the figure of the runs")}
 COMMANDS = {   # name: its function, what it does, and its flags; a default after = replaces that in FLAGS
@@ -508,7 +470,7 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "crossplay": (main_crossplay, "every attacker against every defender",
                   "n prompts out=runs/crossplay.json"),
     "exploit": (main_exploit, "train best responses to frozen models: what do they gain?",
-                "side from seeds steps games lr n jobs prompts out=runs/exploit.json"),
+                "side from seeds steps games lr n prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
     "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
 

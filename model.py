@@ -414,7 +414,7 @@ def find_checkpoint(name: str) -> Path:
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
-    for folder in (Path(name), Path(name).absolute().parent) if Path(name).is_dir() else ():
+    for folder in (Path(name), Path(name).parent):
         if (folder / "latest").is_file() and (folder / "config.json").is_file():
             return json.loads((folder / "config.json").read_text())
     return {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
 import re
 from argparse import ArgumentParser
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,7 +121,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, op
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
     """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) alone."""
     rows = [np.random.default_rng((seed, step, game, turn)).random(length) for game in games]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
+    return torch.from_numpy(np.array(rows).reshape(len(rows), length))
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -149,12 +149,8 @@ class PrefillPass:
 
 
 def shared_prefix(prompt: tuple[int, ...], prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The first of `prefixes`, which are sorted longest first, that a prompt begins with; empty if none."""
-    for prefix in prefixes:
-        # the prompt's last token is left to the first decode step, so it cannot be part of a prefix
-        if len(prefix) < len(prompt) and prompt[:len(prefix)] == prefix:
-            return prefix
-    return ()
+    """The first of `prefixes` that a prompt begins with, its last token left to decoding; empty if none."""
+    return next((prefix for prefix in prefixes if prompt[:-1][:len(prefix)] == prefix), ())
 
 
 def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
@@ -375,7 +371,6 @@ def main() -> None:
     cli.add_argument("model", help="a checkpoint folder, a run folder or a hub name")
     cli.add_argument("question")
     cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
-    cli.add_argument("--max-new-tokens", type=int, default=128, help="[%(default)s]")
     args = cli.parse_args()
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
@@ -384,7 +379,7 @@ def main() -> None:
     opening = "<think>" if run.get("cot") else ""
     instruction = prompts["defend"] + (prompts["layout"] if opening else "")
     prompt = chat_ids(tokenizer, instruction, args.question, opening)
-    uniform_NT = torch.rand(1, args.max_new_tokens, dtype=torch.float64)
+    uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
     print(opening, tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
     print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}]")

@@ -144,8 +144,8 @@ def check_config(cfg: Config, world_size: int) -> None:
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and f.name in MAY_BE_0):
-            zero = ", or 0" if f.name in MAY_BE_0 else ""
-            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0{zero}.")
+            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0. "
+                 f"Only {', '.join(MAY_BE_0)} may be 0.")
     if cfg.plan:
         return
     import toy

@@ -220,7 +220,7 @@ def run(tmp_path_factory):
 def exploit(run, *flags):
     """eval.py exploit with responses of one step on both sides, from the model itself."""
     command = ["eval.py", "exploit", str(run), "--out", str(run.parent / "exploit.json")]
-    command += "--steps 1 --seeds 0 --n 8 --from own --side attacker defender --jobs 2".split()
+    command += "--steps 1 --seeds 0 --n 8 --from own --side attacker defender".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*command, *flags])
         eval.main()

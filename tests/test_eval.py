@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sacrebleu
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
 
@@ -18,8 +17,8 @@ import judge
 import toy
 from conftest import byte_tokenizer, measured, tiny_sentence_model
 from data import PromptFile
-from eval import (EXAM, bench, bench_prompts, by_benchmark, distinct, diversity, embed, embedding_diversity,
-                  entropy, rates, self_bleu, sentence_bleu, signal)
+from eval import (EXAM, bench, bench_prompts, by_benchmark, diversity, embed, embedding_diversity,
+                  entropy, rates, self_bleu, signal)
 from judge import Verdict, keywords
 from model import new_model, save
 from selfplay import ENGLISH, ChatFormat
@@ -192,31 +191,21 @@ def attack_texts(n):
     return texts
 
 
-def test_self_bleu_is_that_of_sacrebleu():
-    texts = attack_texts(94) + ["a", "b c", "how do", "zz zz zz zz zz", "the the the the the the",
-                                "quite another text , of its own"]
-    errors = []
-    for i, (text, ours) in enumerate(zip(texts, self_bleu(texts), strict=True)):
-        theirs = sacrebleu.sentence_bleu(text, texts[:i] + texts[i + 1:], smooth_method="exp",
-                                         tokenize="none", use_effective_order=True)
-        errors.append(abs(ours - theirs.score / 100))
-    measured("largest difference of 100 texts", max(errors), 1e-6)
-
-
-def test_bleu_by_hand():
+def test_self_bleu_by_hand():
     """5 of 6 words, 3 of 5 pairs, 1 of 4 triples match; no quadruple, which counts as 1/2 of one in 3."""
     by_hand = (5 / 6 * 3 / 5 * 1 / 4 * (1 / 2) / 3) ** 0.25
-    ours = sentence_bleu(tuple("the cat sat on the mat".split()), [tuple("the cat lay on the mat".split())])
-    measured("BLEU", abs(ours - by_hand), 1e-12)
+    ours = self_bleu(["the cat sat on the mat", "the cat lay on the mat"])
+    measured("BLEU of one text against the other", abs(ours[0] - by_hand), 1e-9)
+
+
+def test_self_bleu_is_1_of_equal_texts_0_of_texts_without_a_common_word_and_leaves_out_empty_ones():
+    assert self_bleu(["a b c", "a b c"]) == pytest.approx([1, 1])
+    assert self_bleu(["a b c", " ", "d e f"]) == [0, 0]
+    assert self_bleu(["a b c"]) == []
 
 
 def test_the_entropy_of_four_equal_shares_is_log_4():
     measured("entropy", abs(entropy(list("aabbccdd"))["value"] - math.log(4)), 1e-12)
-
-
-def test_distinct_n_by_hand():
-    assert distinct(["a b a", "a b"], 1)["value"] == 2 / 5
-    assert distinct(["a b a", "a b"], 2)["value"] == 2 / 3
 
 
 def test_embedding_diversity_is_the_mean_over_all_pairs():
