@@ -366,23 +366,29 @@ def real_flags(real, judge="judge"):
             "--games", "8", "--max-new-tokens", "12", "--no-cot", "--no-exam", "--steps", "3"]
 
 
-def test_a_judge_model_plays_along_and_its_unreadable_verdicts_are_counted(real):
+@pytest.fixture(scope="module")
+def judged(real):
+    """A run of a real model with a judge model on one process."""
     out = real / "one"
     done = succeeds(*real_flags(real), "--max-unreadable", "1", "--recompute", "--out", out)
     assert "6 harmful and 0 benign prompts from column prompt, 0 duplicates dropped" in done.stdout
-    unreadable = [line["unreadable"] for line in metrics(out)]
-    counted = sum(not game["verdict"]["readable"] for game in games(out))
+    return out
+
+
+def test_a_judge_model_plays_along_and_its_unreadable_verdicts_are_counted(judged):
+    unreadable = [line["unreadable"] for line in metrics(judged)]
+    counted = sum(not game["verdict"]["readable"] for game in games(judged))
     assert len(unreadable) == 3 and sum(unreadable) * 8 == pytest.approx(counted)
     print(f"\n    share of unreadable verdicts, by step: {unreadable}", end="")
 
 
-def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real):
-    one, two = real / "one", real / "two"
+def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real, judged):
+    two = real / "two"
     succeeds(*real_flags(real), "--max-unreadable", "1", "--recompute", "--out", two, ranks=2)
-    for game_of_one, game_of_two in zip(games(one), games(two), strict=True):
+    for game_of_one, game_of_two in zip(games(judged), games(two), strict=True):
         a, b = game_of_one["verdict"], game_of_two["verdict"]
         assert a | {"harm_probability": None} == b | {"harm_probability": None}
-    measured("weights, 2 processes against 1", largest_difference(weights(one), weights(two)), 1e-5)
+    measured("weights, 2 processes against 1", largest_difference(weights(judged), weights(two)), 1e-5)
 
 
 def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
@@ -393,8 +399,8 @@ def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
     assert load(str(out)) is not None, "the start is intact"
 
 
-def test_a_trained_folder_opens_in_transformers_and_answers(real):
-    folder = real / "one" / "step_000003"
+def test_a_trained_folder_opens_in_transformers_and_answers(judged):
+    folder = judged / "step_000003"
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "hi"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
