@@ -50,7 +50,8 @@ def statistics(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse_N, logprob_N, entropy_N), all fp32, some tokens at a time."""
-    lse_N, logprob_N, entropy_N = torch.empty(3, len(ids_N))
+    # three tensors, not views of one: FSDP warns of outputs that are views
+    lse_N, logprob_N, entropy_N = (torch.empty(len(ids_N)) for _ in range(3))
     rows = max(MIN_SIDE, PIECE["cpu"] // len(weight_VD))
     for start in range(0, len(ids_N), rows):
         piece = slice(start, start + rows)

@@ -22,7 +22,7 @@ BLOCKS = [(name, block) for name, text in READMES.items()
 # Tiny models stand under these names; a folder of that name goes before the hub.
 MODELS = ("Qwen/Qwen2.5-7B-Instruct", "allenai/wildguard", "path/to/SmolLM2-135M-Instruct")
 
-# What makes a command take seconds, put right after its name: flags that the README gives itself come later and win.
+# What makes a command take seconds, put right after its name: flags of the README come later, and win.
 SHORTER = {
     "train.py": "--steps 1 --games 16 --sft-steps 40 --max-new-tokens 40",
     "eval.py report": "--n 8",
@@ -37,7 +37,7 @@ LONG_FLAGS = r" --(steps|games|n|seeds|sft-steps) [0-9 ]+(?=$| )"
 
 
 def shortened(block: str) -> str:
-    """A block of the README in which every command takes seconds and runs this Python, two ranks for eight."""
+    """A block in which every command takes seconds and runs this Python, with two ranks for eight."""
     lines = [line for line in block.splitlines() if not any(word in line for word in LEFT_OUT)]
     text = re.sub(LONG_FLAGS, "", "\n".join(lines))
     text = text.replace("venv/bin/python", "python")
@@ -78,8 +78,8 @@ def clone(tmp_path_factory):
 def test_every_command_of_the_readmes_runs(number, clone):
     name, block = BLOCKS[number]
     command = shortened(block)
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=clone, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=clone, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 
