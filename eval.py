@@ -30,7 +30,6 @@ from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, differe
 from checkpoint import append_rows
 from data import ATTACK_COLUMNS, PromptFile, read_prompts, read_rows
 from judge import Verdict
-from kernels.layers import keep_freed_memory
 from model import stop
 from selfplay import ATTACKER, DEFENDER, Seed, game_record, mean, play
 
@@ -186,7 +185,7 @@ def main_bench(args: Namespace) -> None:
 
 def self_bleu(texts: list[str]) -> list:
     """
-    The BLEU-4 of each text against all others, in [0, 1] (Zhu et al., SIGIR 2018): 1 if all are the same. BLEU
+    The BLEU-4 of each text against all others, in [0, 1] (Zhu et al., SIGIR 2018): 1 if all are equal. BLEU
     has exponential smoothing, and of a short text as many orders as it has words.
     """
     from sacrebleu import sentence_bleu  # only this needs it
@@ -493,7 +492,6 @@ def main() -> None:
     args = cli.parse_args()
     for flag in ("out", "json", "transcripts", "replies"):
         Path(vars(args).get(flag, "")).parent.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
     args.function(args)
 
 

@@ -142,6 +142,7 @@ class Cache:
         self.block_2LBKSE = torch.zeros(size, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = slots
+        self.rotation_S2E = rotation(torch.arange(slots, device=device), config, dtype)  # not in every step
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, and return all its slots. `forward` raises length_B."""
@@ -330,9 +331,10 @@ class Transformer(nn.Module):
         T = ids_BT.shape[1]
         x_BTD = self.embed_tokens(ids_BT)
         position_BT = torch.arange(T, device=ids_BT.device)[None]
-        if cache is not None:  # a row's new tokens come after what it holds
-            position_BT = position_BT + cache.length_B[:, None]
-        rotation_BT2E = rotation(position_BT, self.config, x_BTD.dtype)
+        if cache is None:
+            rotation_BT2E = rotation(position_BT, self.config, x_BTD.dtype)
+        else:  # a row's new tokens come after what it holds
+            rotation_BT2E = cache.rotation_S2E[position_BT + cache.length_B[:, None]]
         last = len(self.layers) - 1
         for layer, block in enumerate(self.layers):
             if head is None and layer == last:  # nobody reads what comes out of it
@@ -357,9 +359,8 @@ def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor,
           temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """
-    logprob_BT[b, t] = log p(ids[b, t] | ids[b, :t]) where mask_BT is True, else 0, and the entropy_BT of each
-    of these choices, both in nats. This is the one place that shifts: column 0 is always 0, because nothing
-    predicts it.
+    logprob_BT[b, t] = log p(ids[b, t] | ids[b, :t]) where mask_BT is True, else 0, and entropy_BT of those
+    choices, in nats. This is the one place that shifts: nothing predicts column 0, so it is always 0.
     """
     target_BT = mask_BT.clone()
     target_BT[:, 0] = False
@@ -543,8 +544,7 @@ def main() -> None:
     cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
     args = cli.parse_args()
     from transformers import AutoModelForCausalLM, LlamaConfig
-    size = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
-    small = LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2)
+    small = LlamaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
     ours = load(args.model) if args.model else new_model(small, seed=0)
     theirs = AutoModelForCausalLM.from_config(ours.hf_config, dtype=torch.float32).eval()
     theirs.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied)

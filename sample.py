@@ -270,8 +270,9 @@ class DecodeBatch:
             self.uniform_index_B[rows] = index_R
 
     def retire(self, row: int) -> None:
-        """Free a row whose reply has ended."""
+        """Free a row whose reply has ended. It draws on from slot 0: no step reads far for its sake."""
         self.prompt_B[row] = None
+        self.cache.length_B[row] = 0
 
     def compact(self) -> None:
         """On a CPU, where free rows cost as much as active ones, drop them once they are many."""

@@ -40,7 +40,6 @@ from tqdm import tqdm
 import checkpoint
 from data import ATTACK_COLUMNS, read_pairs, read_prompts
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
-from kernels.layers import keep_freed_memory
 from kernels.logprob import head_bytes
 from model import Transformer, load, open_tokenizer, save, score, stop, stop_ids
 from sample import CACHE_SLOTS, Sample, clean_text, plain_ids, sample, uniforms
@@ -201,7 +200,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 
 def setup(cfg: Config) -> Ranks:
     """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
-    keep_freed_memory()
     world = int(os.environ.get("WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():

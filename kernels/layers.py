@@ -14,9 +14,6 @@ GPU, kernels in layers_triton.py compute the norm, the gate and the attention of
 Shapes: B rows, T positions, S key positions or cache slots, D and M features, H query heads, K key/value
 heads, G = H / K query heads that share a key head, E features of a head.
 """
-import ctypes
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,17 +39,6 @@ def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
         # Tensor cores add products of bf16 numbers in fp32; out_dtype returns that sum unrounded.
         return torch.mm(x_ND, weight_MD.T, out_dtype=torch.float32)
     return linear(x_ND.float(), weight_MD.float())
-
-
-def keep_freed_memory() -> None:
-    """
-    Let the process keep memory that it frees. glibc returns blocks of some megabytes, such as activations, to
-    the system at once, and every reuse then costs page faults.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**30)       # M_MMAP_THRESHOLD, bytes: smaller blocks come from the heap
-        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD, bytes that may stay free at the end of the heap
 
 
 # ---------------------------------------------------------------- norm

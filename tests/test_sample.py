@@ -166,14 +166,15 @@ def test_a_batch_of_few_rows_draws_what_each_prompt_would_alone(max_rows, shared
 
 
 @pytest.mark.parametrize("cache_slots", [10, 60, 200])
-def test_a_small_cache_holds_fewer_rows_and_changes_nothing(cache_slots, tiny, monkeypatch, batch_sizes):
+def test_a_small_cache_holds_fewer_rows_but_at_least_the_fewest_and_changes_nothing(cache_slots, tiny, monkeypatch, batch_sizes):
     prompts, uniform_NT = ragged_prompts(16), uniforms(1, 2, range(16), 0, 12)
     whole = sample(tiny, prompts, uniform_NT, STOPS)
     batch_sizes.clear()
     monkeypatch.setattr(s, "CACHE_SLOTS", cache_slots)
     assert_same_replies(sample(tiny, prompts, uniform_NT, STOPS), whole)
     slots = max(map(len, prompts)) + 12
-    assert batch_sizes[0][2] == max(1, cache_slots // slots), "one row, if not even that one has room"
+    fewest = s.MIN_ROWS   # on a CPU, or sampler and trainer would disagree in the last bits
+    assert batch_sizes[0][2] == max(fewest, cache_slots // slots)
 
 
 def test_rows_that_are_dropped_from_a_batch_change_nothing(tiny, monkeypatch, batch_sizes):

@@ -531,7 +531,7 @@ def largest_memory_of_updates(model_config, cfg, ranks):
 
 def print_memory_of_updates(model_config, cfg, rank):
     ranks = train.setup(cfg)
-    ctypes.CDLL(None).mallopt(-3, 2 ** 16)   # undo keep_freed_memory: freed blocks go back to the system
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)   # M_MMAP_THRESHOLD: freed blocks go back to the system at once
     nano = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                        num_attention_heads=2)
     largest_memory_of_updates(nano, cfg, ranks)   # libraries take memory at their first call
