@@ -363,17 +363,19 @@ def smooth(values: list) -> list:
 def draw_curves(runs: list, file: str, keys: list) -> None:
     """
     A panel per metric against the step, a colour per kind of run. Thin: each run; thick: the mean of a kind's
-    runs. Both are means of five steps.
+    runs. Both are means of five steps. The numbers go to a JSON file beside the figure.
     """
     kinds = {}
     for run in runs:
         log = [line for _, line in read_rows(f"{run}/metrics.jsonl")]
         kinds.setdefault(kind_of(need_config(run)), []).append(log)
     figure, panels = canvas(len(keys), (3.5 * len(keys), 3.4))
+    numbers = {key: {} for key in keys}
     for panel, key in zip(panels, keys, strict=True):
         for i, (kind, logs) in enumerate(kinds.items()):
             colour = COLOURS[i % 6]
             curves = [smooth([line.get(key) for line in log]) for log in logs]
+            numbers[key][kind] = curves
             for curve in curves:
                 panel.plot(curve, color=colour, alpha=0.4, linewidth=0.8)
             means = [mean(values) for values in zip_longest(*curves)]
@@ -383,6 +385,7 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
             panel.set_ylim(-0.02, 1.02)
     panels[0].legend()
     figure.savefig(file, dpi=150)
+    write_json(str(Path(file).with_suffix(".json")), numbers)
 
 
 def draw_crossplay(results: dict, file: Path) -> None:
