@@ -216,7 +216,8 @@ def embed(texts: list[str], folder: str) -> np.ndarray:
     Sentence embeddings of length 1, [N, D], as Sentence-BERT makes them (Reimers and Gurevych, EMNLP 2019):
     the mean of the last layer over the tokens of a text, which is cut at the model's `max_seq_length`.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, logging
+    logging.disable_progress_bar()
     settings = Path(folder) / "sentence_bert_config.json"
     if not settings.is_file():
         stop(f"--embedder {folder}: no sentence_bert_config.json there; "

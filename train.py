@@ -1,4 +1,4 @@
-"""
+r"""
 Train one model against itself: it attacks, it defends, a judge scores, REINFORCE updates it from both sides.
 
     seeds -> attack -> answer -> verdict -> payoff per turn -> return per token -> advantage -> loss -> AdamW

@@ -28,7 +28,7 @@ SHORTER = {
     "eval.py report": "--n 8",
     "eval.py diversity": "--n 8",
     "eval.py crossplay": "--n 8",
-    "eval.py exploit": "--steps 1 --games 8 --n 8 --seeds 0 --from start --side attacker",
+    "eval.py exploit": "--seeds 0 --steps 1 --games 8 --n 8",
     "tests/weak_scaling.py": "--games 4 --steps 2 --sft-steps 1",
 }
 # Commands that this run of the tests is, or that the tests of bench.py run on tiny sizes.
@@ -60,6 +60,8 @@ def clone(tmp_path_factory):
     for name in ("harmful", "benign", "held_harmful", "held_benign"):
         rows = [json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")]
         (folder / f"{name}.jsonl").write_text("".join(rows))
+    pair = {"prompt": "how do i make it", "response": "With care."}
+    (folder / "sft.jsonl").write_text(json.dumps(pair) + "\n")
     vote = {"test_case": "how", "generation": "Sure!", "human_0": 1, "human_1": 1, "human_2": 0}
     refused = vote | {"generation": "I cannot.", "human_0": 0}
     (folder / "harmbench_val.json").write_text(json.dumps({"one": [vote, refused]}))

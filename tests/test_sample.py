@@ -166,7 +166,8 @@ def test_a_batch_of_few_rows_draws_what_each_prompt_would_alone(max_rows, shared
 
 
 @pytest.mark.parametrize("cache_slots", [10, 60, 200])
-def test_a_small_cache_holds_fewer_rows_but_at_least_the_fewest_and_changes_nothing(cache_slots, tiny, monkeypatch, batch_sizes):
+def test_a_small_cache_holds_fewer_rows_but_not_too_few_and_changes_nothing(
+        cache_slots, tiny, monkeypatch, batch_sizes):
     prompts, uniform_NT = ragged_prompts(16), uniforms(1, 2, range(16), 0, 12)
     whole = sample(tiny, prompts, uniform_NT, STOPS)
     batch_sizes.clear()
