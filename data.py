@@ -23,7 +23,7 @@ from sample import clean_text
 HARMFUL = "harmful unsafe toxic vanilla_harmful adversarial_harmful"
 BENIGN = "benign safe unharmful vanilla_benign adversarial_benign"
 LABELS = {   # column: values that mean harmful, values that mean benign
-    "harmful": (f"{HARMFUL} true 1 1.0", f"{BENIGN} false 0 0.0"),   # 1.0: pandas, once a column has a gap
+    "harmful": (f"{HARMFUL} true 1 1.0", f"{BENIGN} false 0 0.0"),   # pandas writes 1.0 if a row is empty
     "label": (f"{HARMFUL} true 1 1.0", f"{BENIGN} false 0 0.0"),
     "jailbreak": ("true 1 1.0", "false 0 0.0"),
     "prompt_harm_label": (HARMFUL, BENIGN),
@@ -169,7 +169,7 @@ def read_prompts(path: str, columns: tuple[str, ...] = TEXT_COLUMNS) -> PromptFi
     for number, row in rows:
         where = f"{file}, line {number}"
         column = text_column(row, texts, where)
-        labels = label_of(row, benchmark.labels, where), by_flag, benchmark.default
+        labels = label_of(row, benchmark.labels, where), by_flag, benchmark.default   # the first wins
         label = next((label for label in labels if label is not None), None)
         if column is None or label is None and benchmark.skip_unlabelled:
             continue

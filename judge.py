@@ -135,7 +135,7 @@ def wildguard_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 YES_NO = {"yes": True, "no": False}
 YES_NO_NONE = YES_NO | {"n/a": None}
-TIERS = {"Safe": False, "Controversial": True, "Unsafe": True}   # Qwen3Guard's strict reading
+TIERS = {"Safe": False, "Controversial": True, "Unsafe": True}   # strict: controversial is harmful
 FORMATS = {
     "wildguard": (
         JudgePrompt(wildguard_template, ("prompt", "response"), (

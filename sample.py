@@ -54,13 +54,14 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     text = clean_text(text)
     markup = added_tokens(tokenizer)
+    # (?=...) finds spellings that overlap, too; "$^" matches nowhere
     spelling = re.compile("|".join(f"(?={re.escape(word)})" for word in markup) or "$^")
     cuts = [0, *(match.start() + 1 for match in spelling.finditer(text)), len(text)]
     ids = []
     for start, end in pairwise(cuts):
         if start < end:
             ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True).input_ids
-    special = set(markup.values())
+    special = set(markup.values())  # a spelling of one character cannot be cut
     return [i for i in ids if i not in special]
 
 

@@ -74,7 +74,7 @@ class Reply:
 
 THINK_TAG = "<think>"                          # begins the assistant's message; the model continues from it
 NO_TAG = r"(?:(?!</?think>|</?answer>).)*"     # any text without a tag
-NO_END = r"(?:(?!</think>|</?answer>).)*"      # any text that neither closes a thought nor touches an answer
+NO_END = r"(?:(?!</think>|</?answer>).)*"      # any text that does not close a thought or touch an answer
 WELL_FORMED = re.compile(rf"(?P<thought>{NO_TAG})</think>\s*<answer>(?P<answer>{NO_TAG})</answer>\s*", re.S)
 ONE_ANSWER = re.compile(rf"{NO_END}</think>{NO_TAG}<answer>(?P<answer>{NO_TAG})</answer>{NO_END}", re.S)
 

@@ -249,8 +249,8 @@ def demonstration(rng: np.random.Generator, chat: ChatFormat) -> tuple[list[int]
     disguised ones. The defender thinks of the pair, calls it bad or fine, and acts on that.
     """
     harmful = rng.random() < 0.5
-    kind = rng.random()
-    chance = rng.random()
+    kind = rng.random()     # below 0.5: an attack; below 0.62: an answer to a plain request
+    chance = rng.random()   # whether the defender refuses
     pair = TRAIN_PAIRS[harmful][rng.integers(len(TRAIN_PAIRS[harmful]))]
     tactics = TRAIN_SETS[rng.integers(len(TRAIN_SETS))]
     if 0.5 <= kind < 0.62:
@@ -288,7 +288,7 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
     on the arguments alone. With a `label`, a progress bar shows the loss in nats per token while this runs.
     """
     model = random_init(chat.tokenizer, seed)
-    rng = np.random.default_rng((seed, 0xDE40))   # a random stream for demonstrations alone
+    rng = np.random.default_rng((seed, 0xDE40))   # any number: a stream of their own
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     batches = []
     with tqdm(range(steps), desc=label, unit="step", leave=False, disable=not label) as bar:
