@@ -403,7 +403,7 @@ def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
     folder = Path(name)
     if (folder / "latest").is_file():
-        return folder / (folder / "latest").read_text().strip()
+        return folder / (folder / "latest").read_text(errors="replace").strip()
     if not folder.exists():
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):

@@ -204,7 +204,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def is_toy_model(name: str) -> bool:
     """`name` is "toy", or a local checkpoint folder or run folder whose chat template is TEMPLATE."""
     latest = Path(name, "latest")
-    folder = Path(name, latest.read_text().strip() if latest.is_file() else "")
+    folder = Path(name, latest.read_text(errors="replace").strip() if latest.is_file() else "")
     template = folder / "chat_template.jinja"
     return name == "toy" or template.is_file() and template.read_bytes() == TEMPLATE.encode()
 

@@ -612,7 +612,7 @@ def main(argv: list[str] | None = None) -> None:
     dead = 0 if first == 0 else None  # games in which nothing happened; None once something has
 
     flag = checkpoint.catch_signals()
-    signals: list[str] = []
+    signals = []
     for step in range(first, cfg.steps):
         started = time.time()
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
