@@ -384,7 +384,6 @@ def main() -> None:
     uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
     print(opening, tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
-    print(f"[{len(reply.ids)} tokens, log-probability {sum(reply.logprobs):.2f}]")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ disguises. Nothing here is harmful in the real world.
 
     python toy.py                     # one request in four disguises, and the judge's verdict on an answer
 """
+import kernels   # before torch, which reads the OpenMP setting in there
 import hashlib
 import shutil
 import time
@@ -288,6 +289,7 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
     on the arguments alone. With a `label`, a progress bar shows the loss in nats per token while this runs.
     """
     model = random_init(chat.tokenizer, seed)
+    kernels.set_threads(1e9)   # batches this large gain from all threads; `load` sets one again
     rng = np.random.default_rng((seed, 0xDE40))   # any number: a stream of their own
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     batches = []

@@ -16,11 +16,11 @@ SMALL_MODEL = 10_000_000  # parameters
 ALL_THREADS = torch.get_num_threads()
 BY_USER = "OMP_NUM_THREADS" in os.environ
 
-if not BY_USER:
-    torch.set_num_threads(1)
+
+def set_threads(n_parameters: float) -> None:
+    """Give a model of this size all threads if it can use them, else one; a user's own number stays."""
+    if not BY_USER:
+        torch.set_num_threads(ALL_THREADS if n_parameters > SMALL_MODEL else 1)
 
 
-def set_threads(n_parameters: int) -> None:
-    """Give a model of this size all threads if it can use them."""
-    if n_parameters > SMALL_MODEL and not BY_USER:
-        torch.set_num_threads(ALL_THREADS)
+set_threads(0)
