@@ -286,7 +286,8 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
     """
     A randomly initialised model after `steps` AdamW updates of cross-entropy on `rows` new demonstrations
     each. The learning rate rises to `lr` over 50 updates and falls to 0 over all of them. The result depends
-    on the arguments alone. With a `label`, a progress bar shows the loss in nats per token while this runs.
+    on the arguments alone, but for rounding: it uses all threads. With a `label`, a progress bar shows the
+    loss in nats per token while this runs.
     """
     model = random_init(chat.tokenizer, seed)
     kernels.set_threads(1e9)   # batches this large gain from all threads; `load` sets one again

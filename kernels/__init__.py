@@ -1,10 +1,10 @@
 """
 The few formulas that everything rests on, in PyTorch and in Triton; and how a CPU's threads behave.
 
-A model of a few million parameters computes on one thread: its matmuls are too short to share. Threads of
-larger models share them, and sleep while they wait for each other: OpenMP lets them spin by default, and on a
-machine that others use too, a spinning thread keeps the core from the very thread that it waits for. Then a
-step takes 4 to 20 times as long. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay.
+A model of a few million parameters plays and learns on one thread: its matmuls are too short to share. Its
+SFT, in larger batches, and larger models use all threads. Those sleep while they wait for each other:
+OpenMP lets them spin by default, and on a machine that others use too, a spinning thread keeps the core
+from the very thread that it waits for. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay.
 """
 import os
 
