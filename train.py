@@ -3,7 +3,7 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
 
     seeds -> attack -> answer -> verdict -> payoff per turn -> return per token -> advantage -> loss -> AdamW
 
-    python train.py                           # the embedded world, minutes on a laptop: attack success falls
+    python train.py                           # the embedded world, minutes on a CPU: attack success falls
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B-Instruct \
         --judge wildguard:allenai/wildguard --seeds harmful=harmful.jsonl benign=benign.jsonl
 
@@ -109,7 +109,6 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
         kind = special.get(f.type, {"type": f.type}) | {"choices": f.metadata["choices"], "help": f"{text}]"}
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
-
 
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
@@ -540,7 +539,6 @@ MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stop
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
 
 
-
 def make_player(model: Transformer, role: str, stops: list[int], chat: ChatFormat, cfg: Config, step: int,
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
@@ -565,7 +563,6 @@ def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
     processes = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}"
     return "\n".join([*lines, f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}"])
-
 
 
 def main(argv: list[str] | None = None) -> None:
