@@ -28,9 +28,8 @@ from tqdm import tqdm
 import toy
 from data import read_prompts
 from judge import Judge, JudgeModel, open_judge
-from model import (Transformer, find_checkpoint, load, open_tokenizer, run_config, stop, stop_ids,
-                   weight_files)
-from sample import Sample, sample, uniforms
+from model import Transformer, find_checkpoint, load, run_config, stop, weight_files
+from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
                       is_legal, payoffs, play, seed_pools, seeds_for_step)
 
@@ -104,10 +103,12 @@ def interval(result: dict) -> str:
 
 
 def markdown(title: str, columns: dict, rows: dict, cell: Callable = interval) -> str:
-    """A Markdown table: rows by key and title, the results of each column by key, and how to write a cell."""
-    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    """A Markdown table: rows by key and title, with their n; columns by title; and how to write a cell."""
+    lines = [[title, "n", *columns], ["---"] * (2 + len(columns))]
     for key, text in rows.items():
-        lines.append([text, *(cell(results[key]) for results in columns.values())])
+        results = [column[key] for column in columns.values()]
+        counts = sorted({len(r) if isinstance(r, list) else r["n"] for r in results})
+        lines.append([text, " to ".join(map(str, counts[::len(counts) - 1 or 1])), *map(cell, results)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -133,7 +134,8 @@ def need_config(name: str) -> dict:
     """The configuration of a model's run, or a sentence that asks for a run."""
     config = run_config(name)
     if not config:
-        stop(f"{name}: not of a run; give a folder that train.py wrote.")
+        problem = "not of a run" if Path(name).exists() else "no such file or folder"
+        stop(f"{name}: {problem}; give a folder that train.py wrote.")
     return config
 
 
@@ -168,7 +170,7 @@ def open_eval_model(name: str) -> EvalModel:
 @lru_cache
 def open_judge_on_device(name: str) -> Judge:
     """The judge that `--judge` names; a judge model is put where the players are."""
-    judge = toy.judge if name == "toy" else open_judge(name, DTYPE)
+    judge = open_judge(name, DTYPE)
     if isinstance(judge, JudgeModel):
         judge.model.to(DEVICE)
     return judge
@@ -198,9 +200,7 @@ def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
     run of the embedded world without any meets on the held-out and on the training pairs.
     """
     config = need_config(name)
-    rows = []
-    for path in files or config["seeds"]:
-        rows += read_prompts(path).rows
+    rows = [row for _, prompts, _ in read_prompts(files or config["seeds"]) for row in prompts]
     requests = {"seed": rows}
     if toy.is_toy_model(name) and not rows:
         held_out = [(toy.plain(pair), toy.is_harmful(pair)) for pair in sorted(toy.HELD_OUT)]
@@ -306,7 +306,9 @@ def crossplay(args: Namespace) -> dict:
     titles = {"asr": "attack success (down)", "payoff": f"attacker earns, {matchup.reward} table"}
     for key, title in titles.items():
         title = f"{title}; {matchup.name} requests, n = {args.n}"
-        print(markdown(title, cells, attackers, lambda cell: interval(cell[key])))
+        columns = {defender: {name: cell[key] for name, cell in column.items()}
+                   for defender, column in cells.items()}
+        print(markdown(title, columns, attackers))
     # As if defenders minimised what attackers earn: in a general-sum table they do not quite.
     game = equilibrium(matrix(cells, "payoff"))
     print(f"equilibrium: the attacker earns {game['value']:.3f}, gap {game['gap']:.1e}; weights in order:")
@@ -318,7 +320,7 @@ def crossplay(args: Namespace) -> dict:
 # ---------------------------------------------------------------- best responses: training
 
 # A run's settings that its best responses do not share.
-NOT_COPIED = ("attacks", "sft", "sft_steps", "resume", "plan", "save_every", "world", "prompts")
+NOT_COPIED = ("attacks", "sft", "sft_steps", "resume", "plan", "save_every", "world", "prompts", "files")
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,7 @@ def train_response(response: BestResponse) -> None:
     if (folder / "latest").is_file():
         command.append("--resume")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "a") as log:
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=log)
     if done.returncode:
         stop(f"{folder}: training this response failed; {folder}.log says why.")

@@ -36,7 +36,7 @@ def sync_to_disk(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file. After a crash it holds the old text or the new one, never a part."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_text(text, "utf-8")
     sync_to_disk(new)
     new.replace(path)   # atomic on POSIX
     sync_to_disk(path.parent)
@@ -46,7 +46,7 @@ def commit(tmp_dir: Path, final_dir: Path) -> None:
     """Make a fully written folder a checkpoint. Its files and their list reach the disk before the rename."""
     files = [path for path in sorted(tmp_dir.rglob("*")) if path.is_file() and path.name != MANIFEST]
     sizes = {str(file.relative_to(tmp_dir)): file.stat().st_size for file in files}
-    (tmp_dir / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    (tmp_dir / MANIFEST).write_text(json.dumps(sizes, indent=1), "utf-8")
     for path in (*tmp_dir.rglob("*"), tmp_dir):
         sync_to_disk(path)
     shutil.rmtree(final_dir, ignore_errors=True)   # a damaged checkpoint that a resume ignored may be there
@@ -57,7 +57,7 @@ def commit(tmp_dir: Path, final_dir: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether each file of the manifest is there in its full size. A changed byte is not noticed."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())
+        sizes = json.loads((folder / MANIFEST).read_text("utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):   # no manifest, a torn one, or a file is missing
         return False
@@ -96,7 +96,7 @@ def check_folder(out: Path, resume: bool) -> None:
 def saved_settings(out: Path, names: set[str]) -> dict[str, object]:
     """The settings of these names that the run in this folder was last started with."""
     try:
-        settings = json.loads((out / "config.json").read_text())
+        settings = json.loads((out / "config.json").read_text("utf-8"))
         return {name: settings[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError):
         stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
@@ -148,10 +148,11 @@ def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optim
 
 # ---------------------------------------------------------------- logs
 def append_rows(file: Path, rows: list[dict]) -> None:
-    """Append a JSON line per row, and make sure that it is on the disk."""
-    with open(file, "a") as opened:
-        for row in rows:
-            opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append a JSON line per row, to whole lines, and make sure that they are on the disk."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(file, "ab+") as opened:
+        opened.seek(max(0, opened.tell() - 1))
+        opened.write(b"\n" * (opened.read() not in (b"", b"\n")) + text.encode())
     sync_to_disk(file)
 
 
@@ -176,8 +177,8 @@ def rewind_logs(out: Path, step: int) -> None:
         shutil.rmtree(partial)
     replace_text(out / "latest", f"step_{step:06d}")
     for log in (out / "metrics.jsonl", out / "games.jsonl"):
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        replace_text(log, "".join(line for line in lines if step_of(line) <= step))
+        lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+        replace_text(log, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
 # ---------------------------------------------------------------- signals
 @dataclass
@@ -194,9 +195,8 @@ def on_stop_signals(action: Callable | signal.Handlers) -> None:
 
 def catch_signals() -> StopFlag:
     """
-    The first signal sets the flag: the training loop finishes its step, saves and exits 0. For one second
-    others are ignored, because a terminal and torchrun both pass Ctrl-C on. Then the system's own action is
-    back: a second signal ends the process at once, even inside a collective.
+    The first signal sets the flag: the training loop finishes its step, saves and exits 0. For a second,
+    others are ignored: a terminal and torchrun both pass Ctrl-C on. Then one more ends the process at once.
     """
     flag = StopFlag()
 

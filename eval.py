@@ -14,7 +14,8 @@ Wilson interval, any other number with a 95 % bootstrap interval. `bench` decode
 """
 import json
 import math
-from argparse import ArgumentParser, Namespace
+import os
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -28,9 +29,9 @@ from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, differe
                    markdown, matchups, matrix, need_config, open_eval_model, open_judge_on_device, rate,
                    short, start_of, weights_hash)
 from checkpoint import append_rows
-from data import ATTACK_COLUMNS, PromptFile, read_prompts, read_rows
-from judge import Verdict
-from model import stop
+from data import read_prompts, read_rows, read_text, text_of
+from judge import Verdict, check_judge
+from model import CommandLine, check_number, stop
 from selfplay import ATTACKER, DEFENDER, Seed, game_record, mean, play
 
 EXAM = [(text, harmful) for text, harmful, _ in toy.exam()]   # the held-out pairs in disguise
@@ -40,13 +41,34 @@ CHUNK = 64         # prompts asked at once; an interrupted benchmark loses at mo
 
 # ---------------------------------------------------------------- bench: answers
 
+BEGINNING = b'{"model": "'   # of each line of a file of transcripts
+
+
+def read_transcript(line: bytes) -> dict | None:
+    """A line of a file of transcripts, or None."""
+    try:
+        content = json.loads(line)
+        return content if isinstance(content["prompt"], str) and Verdict(**content["verdict"]) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
 def read_transcripts(file: str) -> list:
-    """The lines of a file of transcripts. Half a line at its end, from an interrupted write, is cut off."""
-    if not Path(file).is_file():
-        return []
-    *lines, _ = Path(file).read_text().split("\n")
-    Path(file).write_text("".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    """
+    The lines of a file of transcripts, none if it does not exist. Half a line at its end, from a write that
+    was interrupted, is cut off. A file that `bench` did not write is refused, and stays as it is.
+    """
+    content = Path(file).read_bytes() if Path(file).is_file() else b""
+    *lines, last = content.split(b"\n")
+    transcripts = [read_transcript(line) for line in lines]
+    if None in transcripts or not (read_transcript(last) or BEGINNING[:len(last)] == last[:len(BEGINNING)]):
+        number = [*transcripts, None].index(None) + 1
+        stop(f"--transcripts {file}, line {number}: bench did not write this; give a file of its own.")
+    if read_transcript(last):
+        return [*transcripts, read_transcript(last)]
+    if last:
+        os.truncate(file, len(content) - len(last))
+    return transcripts
 
 
 def bench_prompts(model: EvalModel, judge: str, rows: list[tuple], max_new_tokens: int,
@@ -125,17 +147,20 @@ DIFFERENCES = {"asr_difference": "attack success, difference to the first, promp
                "benign_answered_difference": "benign answered, difference to the first"}
 
 
-def by_benchmark(files: list[PromptFile], limit: int) -> dict:
+def by_benchmark(files: list[tuple[str, list, str]], limit: int) -> dict:
     """
-    The prompts of each benchmark, so that its harmful and its benign files share a table; at most `limit` of
-    every file, evenly from the whole of it.
+    The prompts of each table; at most `limit` of every file, evenly from the whole of it. Two files share a
+    table if they are of one benchmark, and one holds harmful prompts alone, the other benign ones.
     """
-    benchmarks = {}
-    for file in files:
-        n = min(limit or math.inf, len(file.rows))
-        rows = [file.rows[i * len(file.rows) // n] for i in range(n)]
-        benchmarks.setdefault(file.benchmark, {}).update(dict.fromkeys(rows))   # once each, in order
-    return benchmarks
+    tables = {}
+    for title, prompts, summary in files:
+        n = min(limit or math.inf, len(prompts))
+        labels = {label for _, label in tables.get(title, ())}
+        if not labels.isdisjoint(label for _, label in prompts):
+            title = f"{title}, {summary.partition(', ')[0]}"   # with its path
+        rows = [prompts[i * len(prompts) // n] for i in range(n)]
+        tables.setdefault(title, {}).update(dict.fromkeys(rows))   # once each, in order
+    return tables
 
 
 def need_toy(name: str) -> None:
@@ -148,7 +173,7 @@ def need_toy(name: str) -> None:
 def write_json(file: str, results: dict) -> None:
     """Write the numbers to a file. Without a file's name, do nothing."""
     if file:
-        Path(file).write_text(json.dumps(results, indent=1))
+        Path(file).write_text(json.dumps(results, indent=1), "utf-8")
 
 
 def main_bench(args: Namespace) -> None:
@@ -156,9 +181,11 @@ def main_bench(args: Namespace) -> None:
     if not args.prompts or args.judge == "toy":
         for name in args.models:
             need_toy(name)
-    files = [read_prompts(path, ATTACK_COLUMNS) for path in args.prompts]
-    for file in files:
-        print(file.summary, flush=True)
+    check_judge(args.judge)
+    read_transcripts(args.transcripts)   # refused, if at all, before the work
+    files = read_prompts(list(dict.fromkeys(args.prompts)), attacks=True)
+    for _, _, summary in files:
+        print(summary, flush=True)
     benchmarks = by_benchmark(files, args.limit) or {"held-out pairs": EXAM}
     max_new_tokens = args.max_new_tokens if files else EXAM_TOKENS
     results = {title: {} for title in benchmarks}
@@ -222,7 +249,7 @@ def embed(texts: list[str], folder: str) -> np.ndarray:
     if not settings.is_file():
         stop(f"--embedder {folder}: no sentence_bert_config.json there; "
              "give the folder of a Sentence-BERT model such as all-MiniLM-L6-v2.")
-    max_length = json.loads(settings.read_text())["max_seq_length"]
+    max_length = json.loads(settings.read_text("utf-8"))["max_seq_length"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
     rows = []
@@ -274,10 +301,15 @@ def fresh_games(name: str, n: int, seed: int, files: list) -> list:
 
 def logged_games(file: str) -> list:
     """The games of a games.jsonl in which a harmful seed was attacked, the last ones first."""
-    games = [game for _, game in read_rows(file)]
-    if not all({"seed", "attack", "harmful", "verdict", "legal"} <= game.keys() for game in games):
-        stop(f"{file}: not the games.jsonl of a run; give a run folder or such a file.")
-    return [game for game in games if game["attack"] and game["harmful"]][::-1]
+    games = []
+    for line, game in read_rows(file):
+        is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
+        if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
+            stop(f"{file}, line {line}: not a game of a run; give a run folder or its games.jsonl.")
+        if game["attack"] is not None and game["harmful"]:
+            text_of(game, ["attack"], f"{file}, line {line}")
+            games.append(game)
+    return games[::-1]
 
 
 def main_diversity(args: Namespace) -> None:
@@ -368,8 +400,8 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
     """
     kinds = {}
     for run in runs:
-        log = [line for _, line in read_rows(f"{run}/metrics.jsonl")]
-        kinds.setdefault(kind_of(need_config(run)), []).append(log)
+        logs = kinds.setdefault(kind_of(need_config(run)), [])
+        logs.append([line for _, line in read_rows(f"{run}/metrics.jsonl")])
     figure, panels = canvas(len(keys), (3.5 * len(keys), 3.4))
     numbers = {key: {} for key in keys}
     for panel, key in zip(panels, keys, strict=True):
@@ -412,6 +444,8 @@ def main_plot(args: Namespace) -> None:
     runs = [name for name in args.models if not Path(name).is_file()]
     if runs:
         file = args.out or f"{runs[0]}/curves.png"
+        if Path(file).suffix not in (".png", ".pdf", ".svg"):
+            stop(f"--out {file}: a figure is a .png, .pdf or .svg file.")
         draw_curves(runs, file, args.curves)
         print(f"curves: {file}")
     for name in args.models:
@@ -421,10 +455,11 @@ def main_plot(args: Namespace) -> None:
 
 def draw_file(file: Path) -> None:
     """The heat map of a file that crossplay wrote, beside it."""
-    text = file.read_text()
-    if not text.startswith('{\n "kind": "crossplay"'):
+    try:
+        results = json.loads(read_text(str(file)))
+        draw_crossplay(results, file.with_suffix(".png"))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         stop(f"{file}: not a file that eval.py crossplay wrote; there is nothing to draw.")
-    draw_crossplay(json.loads(text), file.with_suffix(".png"))
     print(f"numbers: {file}, figure: {file.with_suffix('.png')}")
 
 
@@ -439,14 +474,7 @@ def main_exploit(args: Namespace) -> None:
     write_json(args.out, exploit(args))
 
 
-def positive(text: str) -> int:
-    """A number of things: 1 or more."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-FLAGS = {   # default, whose type is the flag's, meaning, and choices; a count is positive if its default is
+FLAGS = {   # default, whose type is the flag's, meaning, and choices; a number may be 0 if its default is
     "judge": ("toy", "as in train.py"),
     "prompts": ([], "files of prompts, known by their columns; none: the embedded world's, or the run's"),
     "limit": (0, "at most so many prompts of a file, evenly from all of it; 0: all"),
@@ -478,8 +506,29 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
 
 
+def check_args(args: Namespace) -> None:
+    """Refuse numbers out of range, and files that cannot be written, or that are read, before any work."""
+    flags = vars(args)
+    inputs = [*args.models, *(path.rpartition("=")[2] for path in flags.get("prompts", []))]
+    for name, value in flags.items():
+        default = FLAGS.get(name.replace("_", "-"), [""])[0]
+        low = min(default) if name == "seeds" else int(bool(default))
+        for number in value if name == "seeds" else [value] * isinstance(default, int | float):
+            check_number(name, number, low, 10 ** 9)
+        if name in ("out", "json", "transcripts", "replies") and value:
+            folder = Path(value).parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                stop(f"--{name} {value}: its folder cannot be made ({error.strerror}); choose another.")
+            read_too = Path(value).resolve() in [Path(path).resolve() for path in inputs]
+            target = value if Path(value).exists() else folder
+            if read_too or Path(value).is_dir() or not os.access(target, os.W_OK):
+                stop(f"--{name} {value}: a folder, an input or not writable; choose another file.")
+
+
 def main() -> None:
-    cli = ArgumentParser(description="Whether it worked.")
+    cli = CommandLine(description="Whether it worked.")
     commands = cli.add_subparsers(required=True)
     for name, (function, meaning, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
@@ -491,11 +540,10 @@ def main() -> None:
             kind = type((default or [""])[0] if several else default)
             shown = own_default or default
             command.add_argument(f"--{flag}", default=shown, help=f"{help} [{shown}]" if shown else help,
-                                 type=positive if isinstance(default, int) and default else kind,
+                                 type=kind,
                                  nargs="+" if several else None, choices=choices or None)
     args = cli.parse_args()
-    for flag in ("out", "json", "transcripts", "replies"):
-        Path(vars(args).get(flag, "")).parent.mkdir(parents=True, exist_ok=True)
+    check_args(args)
     args.function(args)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import kernels  # before torch, which reads the OpenMP setting in there
 import json
 import math
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -48,6 +49,18 @@ def stop(sentence: str) -> NoReturn:
     """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
     print(sentence, file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+class CommandLine(ArgumentParser):
+    """A parser of arguments that refuses a wrong one with one sentence."""
+    def error(self, message: str) -> NoReturn:
+        stop(f"{self.prog}: {message}; python {self.prog} --help lists the arguments.")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse an argument that is not a number from `low` to `high`."""
+    if not isinstance(value, int | float) or not low <= value <= high:
+        stop(f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}.")
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -96,8 +109,8 @@ def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
     checked = usual.keys() - READ - NO_EFFECT - PreTrainedConfig().to_dict().keys()  # those are bookkeeping
     rope = hf_config.rope_parameters
     rope_fields = {"rope_theta"}
-    if rope["rope_type"] in ROPE_FIELDS:
-        rope_fields |= {"rope_type", *ROPE_FIELDS[rope["rope_type"]]}
+    if rope["rope_type"] in ROPE_FIELDS:  # its name has two spellings; the default ignores all else
+        rope_fields |= {"type", "rope_type", *ROPE_FIELDS["llama3"]}
     values = hf_config.to_dict().items()
     refused = {key: value for key, value in values if key in checked and value != usual[key]}
     return refused | {key: value for key, value in rope.items() if key not in rope_fields}
@@ -152,8 +165,7 @@ class Cache:
             keys_BKSE[:, :, -T:] = key_BKTE
             values_BKSE[:, :, -T:] = value_BKTE
         else:
-            # one slot per row, each at its own length: an indexed write at a fixed address, as CUDA graphs
-            # need
+            # one slot per row, each at its own length: written at a fixed address, as CUDA graphs need
             row_B = torch.arange(len(self.length_B), device=self.length_B.device)
             keys_BKSE[row_B, :, self.length_B] = key_BKTE[:, :, 0]
             values_BKSE[row_B, :, self.length_B] = value_BKTE[:, :, 0]
@@ -403,7 +415,7 @@ def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
     folder = Path(name)
     if (folder / "latest").is_file():
-        return folder / (folder / "latest").read_text(errors="replace").strip()
+        return folder / (folder / "latest").read_text("utf-8", "replace").strip()
     if not folder.exists():
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
@@ -417,7 +429,7 @@ def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
     for folder in (Path(name), Path(name).parent):
         if (folder / "latest").is_file() and (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text())
+            return json.loads((folder / "config.json").read_text("utf-8"))
     return {}
 
 
@@ -425,9 +437,21 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's weights, by its index: some folders hold a second copy of them."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        return sorted({folder / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+
+
+def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a checkpoint, without the prefixes of torch.compile and other wrappers."""
+    weights = {}
+    for file in weight_files(folder):
+        for key, tensor in load_file(file).items():
+            if not tensor.isfinite().all():
+                stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
+            if not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
+                weights[re.sub(r"^((_orig_mod|module|model)\.)+", "", key)] = tensor.to(dtype)
+    return weights
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -437,46 +461,23 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     try:
         with torch.device("meta"):
             model = Transformer(AutoConfig.from_pretrained(folder), name)
-        weights = {}
-        for file in weight_files(folder):
-            for key, tensor in load_file(file).items():
-                weights[key.removeprefix("model.")] = tensor.to(dtype)  # base models have no such prefix
-        if model.config.tied:
-            weights.pop("lm_head.weight", None)
+        weights = read_weights(folder, dtype)
+        if model.config.tied and "lm_head.weight" in weights:  # one matrix, under either name or both
+            head_VD = weights.pop("lm_head.weight")
+            weights.setdefault("embed_tokens.weight", head_VD)
+        wanted = {key.removeprefix("model.") for key in unfuse(model.state_dict(), model.config)}
+        for problem, keys in (("lack", wanted - weights.keys()), ("also hold", weights.keys() - wanted)):
+            if keys:
+                stop(f"{folder}: the weights {problem} {', '.join(sorted(keys)[:4])} ({len(keys)} in all), "
+                     "against config.json; give another checkpoint.")
         model.load_state_dict(fuse(weights), assign=True)  # assign: meta tensors have no memory to copy into
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
     kernels.set_threads(sum(p.numel() for p in model.parameters()))
     return model
-
-
-def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. With `chat`, it must have a chat template that shows a user's message."""
-    from transformers import AutoTokenizer
-    message = {"role": "user", "content": "How are you?"}
-    rendered = ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(name))
-        if chat and tokenizer.chat_template:
-            rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of a damaged file: the tokenizers library raises nothing narrower
-        reason = " ".join(str(error).split())[:120]
-        stop(f"{name}: its tokenizer or chat template cannot be read ({reason}); it is damaged, "
-             "give another.")
-    if chat and message["content"] not in rendered:
-        stop(f"{name}: its tokenizer has no chat template that shows a user's message; "
-             "choose an instruction-tuned model.")
-    return tokenizer
-
-
-def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a reply, by the generation config and by the tokenizer."""
-    listed = model.generation.eos_token_id  # None, one id, or several
-    ids = listed if isinstance(listed, list) else [listed]
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 # Checkpoints hold these matrices one by one; here each group is one matrix, so that it is one matmul.
@@ -524,8 +525,7 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
     hf_weights = {}
     for key, tensor in unfuse(weights, model.config).items():
         tensor = tensor.detach()
-        # safetensors refuses tensors that share memory, as slices of a fused matrix do: copy those, and only
-        # those
+        # safetensors refuses tensors that share memory, as slices of a fused matrix do: copy only those
         if not owns_memory(tensor):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         hf_weights[key] = tensor
@@ -540,7 +540,7 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
 # ---------------------------------------------------------------- the command line
 @torch.no_grad()
 def main() -> None:
-    cli = ArgumentParser(description="Compare our logits with those of transformers, on random tokens.")
+    cli = CommandLine(description="Compare our logits with those of transformers, on random tokens.")
     cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
     args = cli.parse_args()
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
 import re
-from argparse import ArgumentParser
+import unicodedata
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
@@ -29,17 +31,66 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.logprob import log_policy
-from model import Cache, Transformer, last_logits, load, open_tokenizer, run_config, stop_ids
+from model import (Cache, CommandLine, Transformer, check_number, find_checkpoint, last_logits, load,
+                   run_config, stop)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
+TODAY = date(2024, 7, 26)   # for templates that ask: a resumed run must draw the same prompts
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that look like spaces
 
 # ---------------------------------------------------------------- text to tokens
 def clean_text(text: str) -> str:
     """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
+
+
+def visible(text: str) -> str:
+    """A text without outer spaces; empty if it has no letter, number, sign or symbol that can be seen."""
+    seen = any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in text)
+    return text.strip() if seen else ""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], think: bool, reply: bool) -> str:
+    """A conversation in the tokenizer's chat template, up to the reply that follows, if one is to follow."""
+    template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
+                      tokenizer.get_chat_template())
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=reply, enable_thinking=think,
+        date_string=TODAY.strftime("%d %b %Y"))
+
+
+def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. With `chat`, it must have a chat template that shows a user's message."""
+    from transformers import AutoConfig, AutoTokenizer
+    message = {"role": "user", "content": "How are you?"}
+    problem = ""
+    try:
+        folder = find_checkpoint(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        has_template = chat and tokenizer.chat_template
+        rendered = render(tokenizer, [message], think=False, reply=True) if has_template else ""
+        if chat and message["content"] not in rendered:
+            problem = "has no chat template that shows a user's message"
+        elif max(tokenizer(rendered).input_ids, default=0) >= AutoConfig.from_pretrained(folder).vocab_size:
+            problem = "has a chat template with tokens that the model does not embed"
+    except Exception as error:  # of a damaged file: the tokenizers library raises nothing narrower
+        reason = " ".join(str(error).split())[:120]
+        problem = f"is damaged, or its chat template needs a system's turn before a user's ({reason})"
+    if problem:
+        stop(f"{name}: its tokenizer {problem}; choose an instruction-tuned model with its own tokenizer.")
+    return tokenizer
+
+
+def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a reply, by the generation config and by the tokenizer."""
+    listed = model.generation.eos_token_id  # None, one id, or several
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        warnings.warn("No token ends a reply, by generation_config.json and by the tokenizer.", stacklevel=2)
+    return sorted(ids)
 
 
 @lru_cache(maxsize=8)
@@ -49,9 +100,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """
-    Tokens of a text that somebody else wrote. Markup in it is cut after its first character, and so undone.
-    """
+    """Tokens of a text that somebody else wrote. Markup in it is undone: cut after its first character."""
     text = clean_text(text)
     markup = added_tokens(tokenizer)
     # (?=...) finds spellings that overlap, too; "$^" matches nowhere
@@ -78,9 +127,7 @@ def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequ
     spelled some: then every part is tokenised alone, the texts as plain text.
     """
     parts = template.split(PLACEHOLDER)
-    filled = parts[0]
-    for text, part in zip(texts, parts[1:], strict=True):
-        filled += clean_text(text) + part
+    filled = parts[0] + "".join(clean_text(text) + part for text, part in zip(texts, parts[1:], strict=True))
     whole_ids = tokenizer(filled, add_special_tokens=False).input_ids
     part_ids = template_part_ids(tokenizer, template)
     special = set(added_tokens(tokenizer).values())
@@ -96,27 +143,18 @@ def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequ
 @lru_cache(maxsize=64)
 def template_prefix(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """The tokens with which the fillings of a template begin: a shared prefix for `sample`."""
-    # a text's first characters may merge with the template's last token, so try several
-    probes = ("a", "0", " ", "\n", "?")
-    n_texts = template.count(PLACEHOLDER)
-    return commonprefix([fill_template(tokenizer, template, [probe] * n_texts) for probe in probes])
+    probes = ("a", "0", " ", "\n", "?")  # the first characters may merge with the template's last token
+    fillings = ([probe] * template.count(PLACEHOLDER) for probe in probes)
+    return commonprefix([fill_template(tokenizer, template, texts) for texts in fillings])
 
 
 @lru_cache(maxsize=64)
 def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening: str) -> str:
-    """
-    One user turn in the tokenizer's template, with a PLACEHOLDER for {text}, then the assistant's opening.
-    """
+    """One user turn in the tokenizer's template, a PLACEHOLDER for {text}, and the assistant's opening."""
     message = {"role": "user", "content": instruction.replace("{text}", PLACEHOLDER)}
-    rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    if opening and rendered.rstrip().endswith(opening):  # some templates open the thought themselves
-        return rendered
-    return rendered + opening
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, instruction: str, text: str, opening: str = "") -> list[int]:
-    """A prompt's token ids. `instruction` is ours and contains {text}; `text` never becomes markup."""
-    return fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [text])
+    rendered = render(tokenizer, [message], think=bool(opening), reply=True)
+    # some templates open the thought themselves
+    return rendered if opening and rendered.rstrip().endswith(opening) else rendered + opening
 
 # ---------------------------------------------------------------- drawing a token
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
@@ -149,16 +187,11 @@ class PrefillPass:
     numbers: list[int]
 
 
-def shared_prefix(prompt: tuple[int, ...], prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The first of `prefixes` that a prompt begins with, its last token left to decoding; empty if none."""
-    return next((prefix for prefix in prefixes if prompt[:-1][:len(prefix)] == prefix), ())
-
-
 def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
                  max_slots: int) -> deque[PrefillPass]:
     """Passes over all prompts. A pass has one prefix and similar lengths; equal prompts are neighbours."""
     usable = sorted((tuple(p) for p in prefixes if len(p) >= MIN_PREFIX), key=len, reverse=True)
-    prefix_N = [shared_prefix(prompt, usable) for prompt in prompts]
+    prefix_N = [next((p for p in usable if prompt[:-1][:len(p)] == p), ()) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda n: (prefix_N[n], -len(prompts[n]), prompts[n]))
     passes: deque[PrefillPass] = deque()
     for n in order:
@@ -173,9 +206,7 @@ def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
 
 
 def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | None) -> Cache:
-    """
-    A cache of these token lists, longest first; all begin with the tokens of `prefix`, a cache of one row.
-    """
+    """A cache of these token lists, longest first; all begin with the tokens of `prefix`, a single row."""
     weight_VD = model.embed_tokens.weight
     longest = len(texts[0])
     n_prefix = prefix.slots if prefix else 0
@@ -323,9 +354,7 @@ Done = Callable[[list[int]], bool] | None  # whether a reply that begins with th
 
 @dataclass
 class Sample:
-    """
-    A reply: its tokens, the stop token included, and their log-probabilities (nats, at the temperature).
-    """
+    """A reply: its tokens, the stop token too, and their log-probabilities (nats, at the temperature)."""
     ids: list[int]
     logprobs: list[float]
     stopped: bool
@@ -369,18 +398,19 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
 
 # ---------------------------------------------------------------- the command line
 def main() -> None:
-    cli = ArgumentParser(description="Ask a model one question, as the defender of its run was asked.")
+    cli = CommandLine(description="Ask a model one question, as the defender of its run was asked.")
     cli.add_argument("model", help="a checkpoint folder, a run folder or a hub name")
     cli.add_argument("question")
     cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     args = cli.parse_args()
+    check_number("temperature", args.temperature, 0, 100)
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
     run = run_config(args.model)  # the prompts of its game; other models get the bare question
     prompts = run.get("prompts", {"defend": "{text}", "layout": ""})
     opening = "<think>" if run.get("cot") else ""
     instruction = prompts["defend"] + (prompts["layout"] if opening else "")
-    prompt = chat_ids(tokenizer, instruction, args.question, opening)
+    prompt = fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [args.question])
     uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
     print(opening, tokenizer.decode(reply.ids, skip_special_tokens=True).strip())

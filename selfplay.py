@@ -13,7 +13,6 @@ never do. `play` calls the players and the judge; all other functions depend on 
 Change ENGLISH (prompts), REWARDS or `payoffs`, `credit` (reward to advantage), `game_metrics` (the log).
 """
 import re
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,16 +22,15 @@ import torch
 from torch import Tensor
 
 from judge import Exchange, Judge, Verdict, keywords
-from sample import Sample, chat_template, fill_template, template_prefix
+from model import CommandLine
+from sample import Sample, added_tokens, chat_template, fill_template, plain_ids, template_prefix, visible
 
 if TYPE_CHECKING:   # the import takes a second, and only a type hint needs it
     from transformers import PreTrainedTokenizerBase
 
 ATTACKER, DEFENDER = "attacker", "defender"
 
-
 # ---------------------------------------------------------------- what each role is told
-
 @dataclass(frozen=True)
 class Prompts:
     """The user message of each role. {text} is the seed or the attack; `layout` follows if players think."""
@@ -60,9 +58,7 @@ ENGLISH = Prompts(
            "you want to say between <answer> and </answer>, and nothing after that. Only the part between "
            "<answer> and </answer> will be read by anyone else.")
 
-
 # ---------------------------------------------------------------- parsing a reply
-
 @dataclass(frozen=True)
 class Reply:
     """A reply in parts. Only `answer` may leave the turn; it is empty if nothing may."""
@@ -73,9 +69,11 @@ class Reply:
 
 
 THINK_TAG = "<think>"                          # begins the assistant's message; the model continues from it
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "[THINK]", "[/THINK]")
 NO_TAG = r"(?:(?!</?think>|</?answer>).)*"     # any text without a tag
 NO_END = r"(?:(?!</think>|</?answer>).)*"      # any text that does not close a thought or touch an answer
 WELL_FORMED = re.compile(rf"(?P<thought>{NO_TAG})</think>\s*<answer>(?P<answer>{NO_TAG})</answer>\s*", re.S)
+THOUGHT = re.compile(r"<think>|\[THINK\]")
 ONE_ANSWER = re.compile(rf"{NO_END}</think>{NO_TAG}<answer>(?P<answer>{NO_TAG})</answer>{NO_END}", re.S)
 
 
@@ -84,7 +82,7 @@ def parse_reply(text: str, cot: bool = True) -> Reply:
     Parse what follows the opening think tag. A well-formed reply is a thought, its closing tag and one answer
     pair, neither part empty, with nothing after it. A flaw outside the single answer pair costs the format
     reward, but the answer is passed on. A tag out of place passes nothing on, because what looks like an
-    answer may be a thought. Without `cot` the whole reply is the answer.
+    answer may be a thought. Without `cot` the answer follows the thought, if a model has one all the same.
 
     >>> parse_reply("try a story </think> <answer> once upon a time </answer>").answer
     'once upon a time'
@@ -92,11 +90,13 @@ def parse_reply(text: str, cot: bool = True) -> Reply:
     ''
     """
     if not cot:
-        return Reply(text, "", text.strip(), bool(text.strip()))
+        said = re.split(r"</think>|\[/THINK\]", text)[-1]
+        answer = "" if THOUGHT.search(said) else visible(said)
+        return Reply(text, "", answer, bool(answer))
     whole = WELL_FORMED.fullmatch(text)
     one_answer = ONE_ANSWER.fullmatch(text)
-    thought = whole["thought"].strip() if whole else ""
-    answer = one_answer["answer"].strip() if one_answer else ""
+    thought = visible(whole["thought"]) if whole else ""
+    answer = visible(one_answer["answer"]) if one_answer else ""
     return Reply(text, thought, answer, bool(thought and answer))
 
 
@@ -104,9 +104,7 @@ def write_reply(thought: str, answer: str, cot: bool = True) -> str:
     """The well-formed reply that parse_reply reads back. SFT demonstrations are made of these."""
     return f"{thought} </think> <answer> {answer} </answer>" if cot else answer
 
-
 # ---------------------------------------------------------------- seeds and prompts
-
 @dataclass(frozen=True)
 class Seed:
     """A request, its label, and whether the attacker rewrites it or the defender gets it raw."""
@@ -174,12 +172,24 @@ class ChatFormat:
         texts = (self.prompts.attack_harmful, self.prompts.attack_benign, self.prompts.defend)
         return [template_prefix(self.tokenizer, self.template(text)) for text in texts]
 
-    def parse(self, sample: Sample) -> Reply:
-        return parse_reply(self.tokenizer.decode(sample.ids, skip_special_tokens=True), self.cot)
+    def reply_ids(self, text: str) -> list[int]:
+        """Tokens of a reply to learn from: plain text, but TAGS that are added tokens are those tokens."""
+        tags = {tag: i for tag, i in added_tokens(self.tokenizer).items() if tag in TAGS}
+        ids = []
+        for part in re.split(f"({'|'.join(map(re.escape, tags))})", text) if tags else [text]:
+            ids += [tags[part]] if part in tags else plain_ids(self.tokenizer, part)
+        return ids + [i for i in [self.tokenizer.eos_token_id] if i is not None]
 
+    def parse(self, sample: Sample) -> Reply:
+        """A reply from its tokens. TAGS are kept, although some tokenizers count them as special tokens."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special and token.content not in TAGS}
+        text = self.tokenizer.decode([i for i in sample.ids if i not in special])
+        if not self.cot and THOUGHT.search(self.template("")[-12:]):   # some templates ask for a thought
+            text = THINK_TAG + text
+        return parse_reply(text, self.cot)
 
 # ---------------------------------------------------------------- a game
-
 @dataclass(frozen=True)
 class Turn:
     """One player's part: its prompt, its tokens with their log-probabilities (nats), and the parsed reply."""
@@ -248,9 +258,7 @@ def play(seeds: list[Seed], numbers: list[int], chat: ChatFormat, attacker: Play
     return [Game(numbers[i], seed, attacks.get(i), asked[i], turns[i], verdicts[i])
             for i, seed in enumerate(seeds)]
 
-
 # ---------------------------------------------------------------- rewards
-
 @dataclass(frozen=True)
 class Rewards:
     """
@@ -318,9 +326,7 @@ def payoffs(game: Game, rewards: Rewards) -> dict[str, float | None]:
         paid[ATTACKER] = payoff(rewards.attacker, sign)
     return paid
 
-
 # ---------------------------------------------------------------- credit
-
 @dataclass(frozen=True)
 class Experience:
     """A turn to learn from: the number of its game, its payoff, and the shaping that its format earned."""
@@ -382,9 +388,7 @@ def credit(experiences: list[Experience], reference: list[np.ndarray],
         log_ratios += (logprob_T - reference_T).tolist()
     return whiten(gains, [e.turn.role for e in experiences]), mean(log_ratios)
 
-
 # ---------------------------------------------------------------- lists become a batch
-
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
          device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
     """
@@ -404,9 +408,7 @@ def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence
             value_BT[b, start:end] = torch.as_tensor(row_T)
     return tuple(tensor.to(device) for tensor in (ids_BT, mask_BT, *values))
 
-
 # ---------------------------------------------------------------- what happened in a step
-
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are not None, or None if there are none."""
     numbers = [value for value in values if value is not None]
@@ -457,9 +459,7 @@ def nothing_happened(games: list[Game]) -> str:
     legal = [is_legal(game) for game in games if game.attacker]
     return "no attack was legal" if legal and not any(legal) else ""
 
-
 # ---------------------------------------------------------------- what a person sees
-
 def show_game(game: Game, rewards: Rewards) -> str:
     """One whole game as text, with the thoughts of both players."""
     word = {True: "yes", False: "no", None: "none"}
@@ -510,7 +510,7 @@ def demo() -> str:
 
 
 def main() -> None:
-    cli = ArgumentParser(description="Show the game.")
+    cli = CommandLine(description="Show the game.")
     cli.add_argument("--demo", action="store_true", required=True, help="a scripted game, defended and lost")
     cli.parse_args()
     print(demo())

@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from judge import Exchange, Verdict
+from judge import JUDGES, Exchange, Verdict
 from model import Transformer, new_model, save, score
 from selfplay import ChatFormat, Prompts, Seed, pack, write_reply
 
@@ -176,6 +176,8 @@ def judge(exchanges: list[Exchange]) -> list[Verdict]:
     return verdicts
 
 
+JUDGES["toy"] = judge   # so `--judge toy` is only there where this world is
+
 # ---------------------------------------------------------------- tokenizer, prompts, seeds, exam
 
 PROMPTS = Prompts(attack_harmful="disguise bad : {text}", attack_benign="disguise fine : {text}",
@@ -205,7 +207,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def is_toy_model(name: str) -> bool:
     """`name` is "toy", or a local checkpoint folder or run folder whose chat template is TEMPLATE."""
     latest = Path(name, "latest")
-    folder = Path(name, latest.read_text(errors="replace").strip() if latest.is_file() else "")
+    folder = Path(name, latest.read_text("utf-8", "replace").strip() if latest.is_file() else "")
     template = folder / "chat_template.jinja"
     return name == "toy" or template.is_file() and template.read_bytes() == TEMPLATE.encode()
 
@@ -319,7 +321,7 @@ def write_sft_model(folder: Path, chat: ChatFormat, steps: int, seed: int, sibli
     they depend on. If a run in the folder `siblings` began with the same model, that one is copied.
     """
     root = Path(__file__).parent
-    code = [file.read_text() for file in sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])]
+    code = [file.read_text("utf-8") for file in sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])]
     key = hashlib.sha256(f"{code} {steps} {seed} {chat.cot}".encode()).hexdigest()[:16]
     for mark in sorted(siblings.glob(f"*/step_000000/sft-{key}")):
         shutil.copytree(mark.parent, folder)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,6 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -38,16 +37,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from data import ATTACK_COLUMNS, read_pairs, read_prompts
+from data import read_prompts, read_rows, text_of
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.logprob import head_bytes
-from model import Transformer, load, open_tokenizer, save, score, stop, stop_ids
-from sample import CACHE_SLOTS, Sample, clean_text, plain_ids, sample, uniforms
+from model import CommandLine, Transformer, check_number, load, run_config, save, score, stop
+from sample import CACHE_SLOTS, TODAY, Sample, clean_text, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Player, Seed,
                       credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
                       play, seed_pools, seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
 # ---------------------------------------------------------------- configuration
 PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
 
@@ -94,13 +94,14 @@ class Config:
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
-MAY_BE_0 = ("kl", "sft_coef", "seed", "max_unreadable", "plan")
+LIMITS = {  # of a number: by its type, and of some by name
+    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
+    float: (0, 10 ** 6), "max_unreadable": (0, 1), "temperature": (0.01, 100)}
 
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
-    cli = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    cli.error = lambda message: stop(f"train.py: {message}; python train.py --help lists the flags.")
+    cli = CommandLine(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     special = {bool: {"action": BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
         text = f"{f.metadata['help']} [{f.default}"
@@ -115,22 +116,21 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     """The configuration, and for each field where its value comes from."""
     args = parse_args(argv)
     import toy
-    rows = []  # (source, settings): later rows win
-    if not torch.cuda.is_available() and "plan" not in args:
-        rows.append(("no GPU", NO_GPU))
-    if toy.is_toy_model(args.get("model", "toy")):
-        rows.append(("toy world", TOY_WORLD))
+    rows = [("no GPU", NO_GPU)] * (not torch.cuda.is_available() and "plan" not in args)
+    rows += [("toy world", TOY_WORLD)] * toy.is_toy_model(args.get("model", "toy"))
     judge = args.get("judge", "toy").partition(":")[0]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
     names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
     resumes = args.get("resume") and checkpoint.newest_complete(out)
     saved = checkpoint.saved_settings(out, names) if resumes else {}
-    changed = [name for name, value in args.items() if value != saved.get(name, value)]
+    if "seeds" in args and "judge" not in args | saved:
+        stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
+    changed = [name for name, value in args.items() if name in saved and value != saved[name]]
     for name in {"model", "opponent"} & set(changed):
         stop(f"--{name} {args[name]}: the run was begun with {saved[name]}; begin another run for that.")
     values = {f.name: f.default for f in fields(Config)}
     sources = {f.name: f.metadata["source"] for f in fields(Config)}
-    for source, settings in [*rows, ("the run so far", saved), ("command line", args)]:
+    for source, settings in [*rows, ("the run so far", saved), ("command line", args)]:  # later ones win
         values |= settings
         sources |= dict.fromkeys(settings, source)
     sources |= {name: f"command line; was {saved[name]}" for name in changed}
@@ -140,26 +140,21 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
 def check_config(cfg: Config, world_size: int) -> None:
     """Refuse what cannot run, before any work and before anything is written."""
     for f in fields(Config):
-        value = getattr(cfg, f.name)
-        if f.type in (int, float) and not (0 < value < 2 ** 31 or value == 0 and f.name in MAY_BE_0):
-            stop(f"--{f.name.replace('_', '-')} {value}: must be a number greater than 0. "
-                 f"Only {', '.join(MAY_BE_0)} may be 0.")
+        if f.type in (int, float):
+            check_number(f.name, getattr(cfg, f.name), *LIMITS.get(f.name, LIMITS[f.type]))
     if cfg.plan:
         return
     import toy
-    if cfg.games % 4:
-        stop(f"--games {cfg.games}: must be a positive multiple of 4, one for each type of seed.")
-    if cfg.games % world_size:
-        stop(f"--games {cfg.games} cannot be divided among {world_size} ranks; choose a multiple of both.")
+    if cfg.games % 4 or cfg.games % world_size:
+        stop(f"--games {cfg.games}: must be a multiple of 4 types of seeds and of {world_size} ranks.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks.")
     check_judge(cfg.judge)
-    if not toy.is_toy_model(cfg.model) and not cfg.seeds:
-        stop(f"--model {cfg.model} needs seeds: add --seeds harmful=FILE benign=FILE.")
-    if not toy.is_toy_model(cfg.model) and cfg.judge == "toy":
-        stop(f"--model {cfg.model} needs a judge that reads English: add --judge keywords or FORMAT:MODEL.")
+    if not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
+        stop(f"--model {cfg.model} needs seeds, and a judge that reads them: add --seeds harmful=FILE "
+             "benign=FILE, and --judge keywords or FORMAT:MODEL.")
     checkpoint.check_folder(Path(cfg.out), cfg.resume)
 
 # ---------------------------------------------------------------- the loss
@@ -192,9 +187,6 @@ class Ranks:
     world: int
     device: torch.device
     compute: torch.dtype = torch.float32
-
-
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
 
 
 def setup(cfg: Config) -> Ranks:
@@ -263,7 +255,7 @@ def gather_list(mine: list, ranks: Ranks) -> list:
     return [item for part in lists for item in part]
 
 
-def stop_all(ranks: Ranks, sentence: str) -> NoReturn:
+def stop_all(ranks: Ranks, sentence: str) -> None:
     """Rank 0 prints the sentence; all ranks exit with status 2."""
     if ranks.rank == 0:
         stop(sentence)
@@ -454,26 +446,30 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
 def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     """The pools of seeds, and a line on every file. Without an attacker, no seed is revised."""
     import toy
-    seed_files = [read_prompts(path) for path in cfg.seeds]
-    attack_files = [read_prompts(cfg.attacks, ATTACK_COLUMNS)] if cfg.attacks else []
-    labelled = [row for file in seed_files for row in file.rows] or toy.seeds()
-    attacks = [row for file in attack_files for row in file.rows]
+    seed_files = read_prompts(cfg.seeds)
+    attack_files = read_prompts([cfg.attacks] if cfg.attacks else [], attacks=True)
+    labelled = [row for _, rows, _ in seed_files for row in rows] or toy.seeds()
+    attacks = [row for _, rows, _ in attack_files for row in rows]
     if len({label for _, label in labelled}) < 2:
-        kind = "benign" if labelled[0][1] else "harmful"  # what is missing
-        stop(f"--seeds: no {kind} seed among {', '.join(cfg.seeds)}; the game needs both kinds.")
+        stop(f"--seeds: only one kind of seed is in {', '.join(cfg.seeds)}; give harmful and benign ones.")
     pools = seed_pools(labelled, attacks, revise=cfg.play != "defender" or bool(cfg.opponent))
-    return pools, [file.summary for file in seed_files + attack_files]
+    return pools, [summary for _, _, summary in seed_files + attack_files]
 
 
-def read_sft(cfg: Config, chat: ChatFormat) -> list[tuple[list[int], list[int]]]:
+def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int], list[int]]]:
     """The supervised pairs as token ids; with thoughts on, a response is a whole reply, thought included."""
     pairs = []
-    for number, prompt, response in read_pairs(cfg.sft) if cfg.sft else ():
+    for line, row in read_rows(cfg.sft) if cfg.sft else ():
+        where = f"{cfg.sft}, line {line}"
+        response = text_of(row, ["response"], where)
         if not parse_reply(response, cfg.cot).well_formed:
-            stop(f"{cfg.sft}, line {number}: the response is not 'thought </think> <answer> text </answer>'; "
-                 "mend it, or train with --no-cot.")
-        response_ids = plain_ids(chat.tokenizer, response) + [chat.tokenizer.eos_token_id]
-        pairs.append((chat.defender_prompt(prompt), response_ids))
+            stop(f"{where}: write the response as thought </think> <answer> text </answer>, or add --no-cot.")
+        pair = chat.defender_prompt(text_of(row, ["prompt"], where)), chat.reply_ids(response)
+        if sum(map(len, pair)) > context:
+            stop(f"{where}: the pair has more tokens than the model's context, {context}; shorten it.")
+        pairs.append(pair)
+    if cfg.sft and not pairs:
+        stop(f"{cfg.sft}: holds no pairs; give a file with at least one.")
     return pairs
 
 
@@ -483,7 +479,7 @@ def open_game(cfg: Config, origin: str, ranks: Ranks) -> tuple[ChatFormat, str, 
     tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
     world = "toy" if toy.is_toy_model(origin) else "english"
     chat = ChatFormat(tokenizer, {"toy": toy.PROMPTS, "english": ENGLISH}[world], cfg.cot)
-    return chat, world, toy.judge if cfg.judge == "toy" else open_judge(cfg.judge, ranks.compute)
+    return chat, world, open_judge(cfg.judge, ranks.compute)
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
@@ -500,12 +496,13 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, contex
         stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of the {context} tokens; {advice}.")
 
 # ---------------------------------------------------------------- the run folder
-def prepare(cfg: Config, chat: ChatFormat, world: str, model: Transformer | None, newest: Path | None):
+def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], model: Transformer | None,
+            newest: Path | None) -> None:
     """Write config.json, then the model of step 0, or, on resuming, the logs up to the newest checkpoint."""
     import toy
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(cfg) | {"world": world, "prompts": asdict(chat.prompts)}  # they travel with the model
+    settings = asdict(cfg) | {"world": world, "prompts": asdict(chat.prompts), "files": summaries}
     checkpoint.replace_text(out / "config.json", json.dumps(settings, indent=1))
     if newest:
         checkpoint.rewind_logs(out, checkpoint.step_number(newest))  # later steps run again
@@ -533,7 +530,6 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
         checkpoint.prune(out, keep)
     on_main(ranks, finish)
 
-
 # ---------------------------------------------------------------- the run
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
@@ -544,7 +540,7 @@ def make_player(model: Transformer, role: str, stops: list[int], chat: ChatForma
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
         uniform_NT = uniforms(cfg.seed, step, numbers, (ATTACKER, DEFENDER).index(role), cfg.max_new_tokens)
-        label = role if ranks.rank == 0 else ""
+        label = role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
 
@@ -558,11 +554,20 @@ def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> N
                         f"--max-unreadable {cfg.max_unreadable}; give a judge of that format.")
 
 
-def describe(cfg: Config, sources: dict[str, str], ranks: Ranks) -> str:
-    """The configuration, with the origin of every value."""
+def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: ChatFormat, first: int,
+             ranks: Ranks) -> str:
+    """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
     processes = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}"
-    return "\n".join([*lines, f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}"])
+    lines.append(f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}")
+    before = run_config(cfg.out).get("files", summaries)
+    lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
+    if first >= cfg.steps:
+        lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
+    template = str(chat.tokenizer.chat_template)
+    if "date_string" in template or "strftime_now" in template:
+        lines.append(f"  the chat template writes today's date: always {TODAY}, so that a run can resume")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -580,11 +585,11 @@ def main(argv: list[str] | None = None) -> None:
     origin = str(newest or cfg.model)
     chat, world, judge = open_game(cfg, origin, ranks)
     model = load(origin) if origin != "toy" else None  # before anything is written: it may be damaged
-    if model:
-        check_lengths(cfg, pools, chat, model.hf_config.max_position_embeddings)
+    context = model.hf_config.max_position_embeddings if model else 256
+    check_lengths(cfg, pools, chat, context)
     opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
-    pairs = read_sft(cfg, chat)
-    log0(ranks, "\n".join([describe(cfg, sources, ranks), *(f"  {line}" for line in summaries)]))
+    pairs = read_sft(cfg, chat, context)
+    log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
     if ranks.device.type == "cuda" and world != "toy":
         log0(ranks, show_plan(cfg, ranks.world))
 
@@ -592,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder in checkpoint.checkpoints(out):
         if checkpoint.step_number(folder) > first:
             log0(ranks, f"  {folder} is not complete: ignored, and made again")
-    on_main(ranks, partial(prepare, cfg, chat, world, model, newest))
+    on_main(ranks, partial(prepare, cfg, chat, world, summaries, model, newest))
     policy = shard(model or load(str(out / "step_000000")), ranks)  # one full model on the CPU at a time
     reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
     policy.recompute = cfg.recompute

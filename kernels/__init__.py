@@ -7,10 +7,15 @@ OpenMP lets them spin by default, and on a machine that others use too, a spinni
 from the very thread that it waits for. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay.
 """
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, so this goes first
 
 import torch  # noqa: E402
+
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # a text that a terminal cannot show must not end a run
+        stream.reconfigure(errors="backslashreplace")
 
 SMALL_MODEL = 10_000_000  # parameters
 ALL_THREADS = torch.get_num_threads()

@@ -23,8 +23,8 @@ from arena import (BestResponse, EvalModel, Matchup, alternate, average, best_re
                    open_eval_model, outcome, rate, strongest, train_response, wilson)
 from conftest import measured
 from judge import Verdict
-from model import new_model, save, stop_ids
-from sample import Sample, sample, uniforms
+from model import new_model, save
+from sample import Sample, sample, stop_ids, uniforms
 from selfplay import ATTACKER, DEFENDER, Reply, Seed, write_reply
 from train import Config
 

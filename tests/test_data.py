@@ -1,16 +1,17 @@
 """Files of prompts and labels: what is read from them, and what is refused."""
 import csv
+import gzip
 import json
 
 import pytest
 
-from data import (ATTACK_COLUMNS, BENCHMARKS, LABELS, TEXT_COLUMNS, label_of, read_pairs, read_prompts,
-                  read_rows)
+from data import BENCHMARKS, LABELS, label_of, read_prompts, read_rows
 
 
-def read_text(tmp_path, name, text, flag="", columns=TEXT_COLUMNS):
+def read_file(tmp_path, name, text, flag="", attacks=False):
+    """The prompts of a file with this name and text."""
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    return read_prompts(f"{flag}{tmp_path / name}", columns)
+    return read_prompts([f"{flag}{tmp_path / name}"], attacks)[0]
 
 
 def jsonl(*rows):
@@ -33,21 +34,26 @@ def refusal(capsys, function, *args):
      [("a", True), ("b", True)]),
     ("any.json", '[{"text": "e", "label": 1}, {"text": "f", "label": 0}]', "", [("e", True), ("f", False)]),
     ("goals.csv", "goal,target\nc,d\n", "benign=", [("c", False)]),
-    ("test.csv", "Behavior,ContextString,BehaviorID\nj,k,1\nl,,2\n", "",
+    ("test.csv", "Behavior,FunctionalCategory,ContextString,BehaviorID\nj,x,k,1\nl,x,,2\n", "",
      [("k\n\n---\n\nj", True), ("l", True)]),
     ("xstest.csv", "id,prompt,type,label\n1,q,homonyms,safe\n2,r,contrast_homonyms,unsafe\n", "",
      [("q", False), ("r", True)]),
     ("pairs.json", '{"one": [{"prompt": "s", "harmful": true}], '
      '"two": [{"prompt": "\\ud800", "harmful": false}]}', "", [("s", True), ("?", False)])])
 def test_prompts_are_read_by_their_columns(tmp_path, name, text, flag, expected):
-    assert read_text(tmp_path, name, text, flag).rows == expected
+    assert read_file(tmp_path, name, text, flag)[1] == expected
 
 
 PUBLISHED = [   # benchmark, flag, the file as its authors publish it, and what is in it
     ("WildGuardTest", "", "wildguardtest.jsonl", jsonl(
         {"prompt": "a", "adversarial": True, "response": "x", "prompt_harm_label": "harmful"},
-        {"prompt": "b", "adversarial": False, "prompt_harm_label": "unharmful"},
+        {"prompt": "b", "adversarial": False, "response": None, "prompt_harm_label": "unharmful"},
         {"prompt": "c", "adversarial": False, "prompt_harm_label": None}), [("a", True), ("b", False)]),
+    ("games of a run", "", "games.jsonl", jsonl(
+        {"step": 1, "game": 0, "seed": "s", "harmful": True, "attack": "a", "legal": True, "answer": ""},
+        {"step": 1, "game": 1, "seed": "t", "harmful": False, "attack": None, "legal": None, "answer": ""}),
+     [("a", True)]),
+    ("HarmBench attacks", "", "attacks.csv", "BehaviorID,test_case,method\nx,a,GCG\n", [("a", True)]),
     ("WildJailbreak", "", "eval.tsv",
      "adversarial\tlabel\tdata_type\n"
      "a\t1\tadversarial_harmful\n"
@@ -85,11 +91,11 @@ PUBLISHED = [   # benchmark, flag, the file as its authors publish it, and what 
      "id,prompt,type,label,focus,note\n"
      "1,a,homonyms,safe,kill,\n"
      "2,b,contrast_homonyms,unsafe,kill,\n", [("a", False), ("b", True)]),
-    ("OR-Bench", "benign=", "or-bench-hard-1k.csv",
+    ("labelled prompts", "benign=", "or-bench-hard-1k.csv",
      "prompt,category\n"
      "a,harmful\n"
      "b,privacy\n", [("a", False), ("b", False)]),
-    ("OR-Bench", "harmful=", "or_bench-toxic.csv", "prompt,category\na,privacy\n", [("a", True)]),
+    ("labelled prompts", "harmful=", "or_bench-toxic.csv", "prompt,category\na,privacy\n", [("a", True)]),
     ("labelled prompts", "", "jbb.jsonl", jsonl(
         {"text": "a", "label": "harmful"},
         {"text": "b", "label": "safe"}), [("a", True), ("b", False)]),
@@ -100,35 +106,44 @@ NAMES = [f"{row[0]} {row[2]}" for row in PUBLISHED]
 
 @pytest.mark.parametrize("name, flag, file, text, expected", PUBLISHED, ids=NAMES)
 def test_a_published_file_is_recognised_by_its_columns(tmp_path, name, flag, file, text, expected):
-    prompts = read_text(tmp_path, file, text, flag, ATTACK_COLUMNS)
-    assert (prompts.benchmark, prompts.rows) == (name, expected)
+    prompts = read_file(tmp_path, file, text, flag, True)
+    assert prompts[:2] == (name, expected)
     assert {row[0] for row in PUBLISHED} == {benchmark.name for benchmark in BENCHMARKS}
 
 
 def test_recorded_attacks_are_read_before_the_requests_they_come_from(tmp_path):
     text = jsonl({"vanilla": "plain", "adversarial": "tell a story", "data_type": "adversarial_harmful"})
-    assert read_text(tmp_path, "wj.jsonl", text, columns=ATTACK_COLUMNS).rows == [("tell a story", True)]
-    assert read_text(tmp_path, "wj.jsonl", text).rows == [("plain", True)]
+    assert read_file(tmp_path, "wj.jsonl", text, attacks=True)[1] == [("tell a story", True)]
+    assert read_file(tmp_path, "wj.jsonl", text)[1] == [("plain", True)]
+
+
+def test_a_runs_games_hold_its_seeds_and_its_attacks(tmp_path):
+    game = {"step": 1, "game": 0, "seed": "s", "harmful": True, "attack": "a", "legal": True, "answer": "n"}
+    text = jsonl(game, game | {"seed": "t", "attack": None})
+    assert read_file(tmp_path, "games.jsonl", text, attacks=True)[1] == [("a", True)]
+    assert read_file(tmp_path, "games.jsonl", text)[1] == [("s", True), ("t", True)]
 
 
 def test_a_file_of_attacks_holds_no_seeds(tmp_path, capsys):
     text = '{"attack": "a", "label": 1}'
-    assert read_text(tmp_path, "x.jsonl", text, columns=ATTACK_COLUMNS).rows == [("a", True)]
-    assert "holds a prompt" in refusal(capsys, read_text, tmp_path, "x.jsonl", text)
+    assert read_file(tmp_path, "x.jsonl", text, attacks=True)[1] == [("a", True)]
+    assert "is no text" in refusal(capsys, read_file, tmp_path, "x.jsonl", text)
 
 
 def test_a_wrong_file_is_told_its_columns_and_those_expected(tmp_path, capsys):
-    assert refusal(capsys, read_text, tmp_path, "x.csv", "question,answer\na,b\n") == (
-        f"{tmp_path}/x.csv, line 2: none of the columns (question, answer) holds a prompt; rename the one "
-        "that does to prompt or text or vanilla or goal or behavior.")
+    assert refusal(capsys, read_file, tmp_path, "x.csv", "question,answer\na,b\n") == (
+        f"{tmp_path}/x.csv, line 2: harmful or benign? The columns (question, answer) do not say; write "
+        f"harmful={tmp_path}/x.csv or benign={tmp_path}/x.csv, or add a column label.")
+    assert refusal(capsys, read_file, tmp_path, "x.csv", "question,answer\na,b\n", "benign=") == (
+        f"{tmp_path}/x.csv, line 2: null is no text, nor one message of a user, in the column prompt or text "
+        "or vanilla or goal or behavior; its columns are question, answer. Mend the row or remove it.")
 
 
-def test_the_summary_counts_labels_and_duplicates_and_names_the_column(tmp_path):
-    text = jsonl({"prompt": "a"}, {"prompt": "b", "label": "safe"}, {"prompt": "a"}, {"prompt": " "},
-                 {"prompt": None})
-    assert read_text(tmp_path, "x.jsonl", text, "harmful=").summary == (
-        f"{tmp_path}/x.jsonl, labelled prompts: 1 harmful and 1 benign prompts from column prompt, "
-        "1 duplicates dropped")
+def test_the_summary_counts_labels_and_rows(tmp_path):
+    text = jsonl({"prompt": "a", "label": 1}, {"prompt": "b", "label": "safe"}, {"text": "a", "label": 1})
+    summary, _, checksum = read_file(tmp_path, "x.jsonl", text)[2].partition(" [")
+    assert summary == f"{tmp_path}/x.jsonl, labelled prompts: 2 prompts, 1 of them harmful, in 3 rows"
+    assert len(checksum) == 9
 
 
 # ---------------------------------------------------------------- labels
@@ -154,14 +169,14 @@ def test_a_value_that_is_no_label_is_refused_with_its_line_and_the_labels_there_
 
 def test_an_unknown_label_stops_although_a_flag_labels_the_file(tmp_path, capsys):
     text = jsonl({"prompt": "a", "label": "safe"}, {"prompt": "b", "label": "not_harmful"})
-    sentence = refusal(capsys, read_text, tmp_path, "x.jsonl", text, "benign=")
+    sentence = refusal(capsys, read_file, tmp_path, "x.jsonl", text, "benign=")
     assert sentence.startswith(f"{tmp_path}/x.jsonl, line 2: label is 'not_harmful'; a label is one of ")
 
 
 @pytest.mark.parametrize("column", LABELS)
 def test_a_digit_is_a_label_only_where_the_column_says_what_it_counts(column, capsys):
     for one, zero in ((1, 0), ("1", "0"), (True, False), (1.0, 0.0), ("1.0", "0.0"), ("True", "False")):
-        if column in ("harmful", "label", "jailbreak"):
+        if column in ("harmful", "label", "jailbreak") or "human" in column and "rue" not in str(one):
             assert label_of({column: one}, column, "x, line 1") is True
             assert label_of({column: zero}, column, "x, line 1") is False
         else:
@@ -172,18 +187,18 @@ def test_an_empty_label_leaves_the_row_to_the_next_column_and_then_to_the_flag(t
     row = {"harmful": "", "label": None, "data_type": "vanilla_harmful"}
     assert label_of(row, "harmful label data_type", "x, line 1") is True
     assert label_of({"harmful": "  "}, "harmful label", "x, line 1") is None
-    text = "prompt,label\na,\nb,1.0\n"   # as pandas writes a column of 1 and 0 with a gap
-    assert read_text(tmp_path, "x.csv", text, "benign=").rows == [("a", False), ("b", True)]
+    text = "prompt,label\na,\nb,0.0\n"   # as pandas writes a column of 1 and 0 with a gap
+    assert read_file(tmp_path, "x.csv", text, "benign=")[1] == [("a", False), ("b", False)]
 
 
 @pytest.mark.parametrize("name", ["harmful.jsonl", "benign.jsonl", "unharmful.jsonl", "or-bench-hard.jsonl"])
 def test_the_name_of_a_file_labels_nothing(tmp_path, name, capsys):
     file = tmp_path / name
-    assert refusal(capsys, read_text, tmp_path, name, '{"prompt": "a"}') == (
+    assert refusal(capsys, read_file, tmp_path, name, '{"prompt": "a"}') == (
         f"{file}, line 1: harmful or benign? The columns (prompt) do not say; write harmful={file} or "
         f"benign={file}, or add a column label.")
-    assert read_text(tmp_path, name, '{"prompt": "a"}', "benign=").rows == [("a", False)]
-    assert read_text(tmp_path, name, '{"prompt": "a"}', "harmful=").rows == [("a", True)]
+    assert read_file(tmp_path, name, '{"prompt": "a"}', "benign=")[1] == [("a", False)]
+    assert read_file(tmp_path, name, '{"prompt": "a"}', "harmful=")[1] == [("a", True)]
 
 
 @pytest.mark.parametrize("name, text", [
@@ -191,23 +206,41 @@ def test_the_name_of_a_file_labels_nothing(tmp_path, name, capsys):
     ("hard.csv", "prompt,category\na,harmful\nb,hate\n"),
     ("benign-behaviors.csv", "Index,Goal,Target,Behavior,Category,Source\n0,m,n,o,p,q\n")])
 def test_files_whose_columns_do_not_tell_harmful_from_benign_need_a_flag(tmp_path, name, text, capsys):
-    assert "write harmful=" in refusal(capsys, read_text, tmp_path, name, text)
+    assert "write harmful=" in refusal(capsys, read_file, tmp_path, name, text)
 
 
-def test_a_flag_labels_a_file_and_a_column_of_labels_goes_before_it(tmp_path):
-    text = jsonl({"prompt": "a"}, {"prompt": "b", "label": "safe"})
-    assert read_text(tmp_path, "x.jsonl", text, "harmful=").rows == [("a", True), ("b", False)]
+@pytest.mark.parametrize("flag, label", [("harmful", "safe"), ("harmful", 0), ("benign", 1.0),
+                                         ("benign", "toxic"), ("benign", "adversarial_harmful")])
+def test_a_flag_labels_the_rows_without_a_label_and_must_not_contradict_one(tmp_path, flag, label, capsys):
+    text = jsonl({"prompt": "a"}, {"prompt": "b", "label": label})
+    assert read_file(tmp_path, "x.jsonl", jsonl({"prompt": "a"}), f"{flag}=")[1] == [("a", flag == "harmful")]
+    assert refusal(capsys, read_file, tmp_path, "x.jsonl", text, f"{flag}=") == (
+        f"{tmp_path}/x.jsonl, line 2: {flag}= contradicts its label; write {tmp_path}/x.jsonl alone, or mend "
+        "the row.")
+
+
+def test_one_text_with_both_labels_is_refused_in_one_file_and_in_two(tmp_path, capsys):
+    both = jsonl({"prompt": "a", "label": 1}, {"prompt": " a ", "label": 0})
+    assert refusal(capsys, read_file, tmp_path, "x.jsonl", both) == (
+        f"{tmp_path}/x.jsonl, line 2: has the text of {tmp_path}/x.jsonl, line 1 and the other label; remove "
+        "one of the two.")
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text(jsonl({"prompt": "b"}, {"prompt": "a"}, {"prompt": "a"}))
+    one, two = f"{tmp_path}/one.jsonl", f"{tmp_path}/two.jsonl"
+    assert f"{two}, line 1: has the text of {one}, line 1" in refusal(
+        capsys, read_prompts, [f"harmful={one}", f"benign={two}"])
+    assert [len(rows) for _, rows, _ in read_prompts([f"harmful={one}", f"harmful={two}"])] == [2, 2]
 
 
 def test_a_category_labels_nothing(tmp_path):
     text = jsonl({"prompt": "a", "category": "harmful"}, {"prompt": "b", "category": "benign"})
-    assert read_text(tmp_path, "x.jsonl", text, "benign=").rows == [("a", False), ("b", False)]
+    assert read_file(tmp_path, "x.jsonl", text, "benign=")[1] == [("a", False), ("b", False)]
 
 
 def test_a_path_may_contain_an_equals_sign(tmp_path):
     (tmp_path / "a=b").mkdir()
-    assert read_text(tmp_path / "a=b", "x.jsonl", '{"prompt": "a"}', "harmful=").rows == [("a", True)]
-    assert read_text(tmp_path / "a=b", "x.jsonl", '{"prompt": "a", "label": 1}').rows == [("a", True)]
+    assert read_file(tmp_path / "a=b", "x.jsonl", '{"prompt": "a"}', "harmful=")[1] == [("a", True)]
+    assert read_file(tmp_path / "a=b", "x.jsonl", '{"prompt": "a", "label": 1}')[1] == [("a", True)]
 
 
 # ---------------------------------------------------------------- rows
@@ -228,7 +261,11 @@ def test_a_row_is_read_whole_by_the_csv_and_the_jsonl_reader(tmp_path, text):
 
 def test_line_numbers_are_those_of_the_file(tmp_path):
     (tmp_path / "x.csv").write_text('id,prompt\n1,a\n\n2,"b\nc"\n3,d\n')
-    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"))] == [2, 5, 6]   # of a row, the last
+    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"))] == [2, 4, 6]   # of a row, its first
+    (tmp_path / "x.json").write_text('[\n {"a": 1},\n {"a":\n 2}, {"a": 3},\n\n {"a": 4}\n]\n')
+    assert [number for number, _ in read_rows(str(tmp_path / "x.json"))] == [2, 3, 4, 6]
+    (tmp_path / "y.json").write_text('{"one, [": [{"a": 1},\n {"a": 2}],\n "tw\\"o": [\n{"a": 3}]}')
+    assert [number for number, _ in read_rows(str(tmp_path / "y.json"))] == [1, 2, 4]
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n  \n{"a": 2}\n')
     assert read_rows(str(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (4, {"a": 2})]
 
@@ -237,50 +274,55 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
     ("x.csv", b"prompt,label\r\na,1\r\n"),
     ("x.CSV", b"\xef\xbb\xbfprompt,label\na,1\n"),
     ("x.jsonl", b'\xef\xbb\xbf{"prompt": "a", "label": 1}\r\n'),
-    ("x.JSON", b'[{"prompt": "a", "label": 1}]')])
-def test_a_byte_order_mark_windows_line_ends_and_upper_case_endings_change_nothing(tmp_path, name, content):
+    ("x.JSON", b'[{"prompt": "a", "label": 1}]'),
+    ("x.jsonl", b'[{"prompt": "a", "label": 1}]'),
+    ("x.json", b'{"prompt": "a", "label": 1}\n'),
+    ("x.JSONL.GZ", gzip.compress(b'{"prompt": "a", "label": 1}\n')),
+    ("x.csv.gz", gzip.compress(b"prompt,label\na,1\n")),
+    ("x.csv", b"prompt,label\na,1\n,\n\n"),
+    ("x.jsonl", b'{"prompt": [{"role": "user", "content": "a"}], "label": 1}')])
+def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert read_prompts(str(tmp_path / name)).rows == [("a", True)]
+    assert read_prompts([str(tmp_path / name)])[0][1] == [("a", True)]
 
 
 @pytest.mark.parametrize("name, content, problem", [
-    ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "line 3: not valid JSON"),
-    ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "line 2: not valid JSON"),
-    ("x.jsonl", b'{"prompt": "a"}\n7\n', "line 2: a row needs named columns"),
-    ("x.json", b'["a", "b"]', "line 1: a row needs named columns"),
-    ("x.json", b'{"prompt": "a"}', "line 1: a row needs named columns"),
-    ("x.jsonl", b'{"prompt": "\xff"}', "not UTF-8 (invalid start byte at byte 12)"),
-    ("x.csv", "prompt\na\n".encode("utf-16"), "not UTF-8 (invalid start byte at byte 0)"),
-    ("x.jsonl", b'{"prompt": ["a"], "label": 1}', "line 1: prompt is \"['a']\", not text"),
-    ("x.jsonl", b'{"prompt": NaN, "label": 1}', "line 1: prompt is 'nan', not text"),
-    ("x.jsonl", b"\n", "holds no prompts"), ("x.csv", b"prompt,label\n,1\n", "holds no prompts")])
+    ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "line 3: not a row"),
+    ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "line 2: not a row"),
+    ("x.jsonl", b'{"prompt": "a"}\n7\n', "line 2: not a row"),
+    ("x.json", b'["a", "b"]', "line 1: not a row"),
+    ("x.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "line 2: not a row"),
+    ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', "line 2: not a row"),
+    ("x.jsonl", b'\n' + b'[' * 3 + b'{"a":' * 100_000, "line 2: not a row"),
+    ("x.csv", b"id,prompt\n1,a, b\n", "line 2: not a row"),
+    ("x.csv", b"id,prompt\n1\n", "line 2: not a row"),
+    ("x.csv", b'id,prompt\n1,a\n2,"b\n3,c\n', "line 3: not a row"),
+    ("x.csv", b"prompt,prompt\na,b\n", "line 1: not a row"),
+    ("x.jsonl", b'{"prompt": "\xff"}', "can't decode byte 0xff in position 12"),
+    ("x.csv", "prompt\na\n".encode("utf-16"), "not text in UTF-8 (UTF-16)"),
+    ("x.csv", "prompt\na\n".encode("utf-16-le"), "not text in UTF-8 (binary)"),
+    ("x.jsonl", b"PAR1" + bytes(40), "not text in UTF-8 (Parquet)"),
+    ("x.csv", b"PK\3\4" + bytes(40), "not text in UTF-8 (ZIP or Excel)"),
+    ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-3], "not text in UTF-8 (Compressed file ended"),
+    ("x.jsonl", b'{"prompt": ["a"], "label": 1}', 'line 1: ["a"] is no text'),
+    ("x.jsonl", b'{"prompt": NaN, "label": 1}', "line 1: NaN is no text"),
+    ("x.jsonl", b'{"prompt": null, "label": 1}', "line 1: null is no text"),
+    ("x.jsonl", b'{"prompt": 7, "label": 1}', "line 1: 7 is no text"),
+    ("x.jsonl", b'{"prompt": " \\u200b", "label": 1}', 'line 1: " \\u200b" is no text'),
+    ("x.jsonl", b'{"prompt": {"content": "a"}, "label": 1}', 'line 1: {"content": "a"} is no text'),
+    ("x.jsonl", b'{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]}\n',
+     "harmful or benign?"),
+    ("x.jsonl", jsonl({"prompt": [{"role": "user", "content": "a"}] * 2, "label": 1}).encode(),
+     "is no text, nor one message of a user"),
+    ("x.jsonl", b'{"prompt": [{"role": "user", "content": 7}], "label": 1}', "line 1: 7 is no text"),
+    ("x.jsonl", b"\n", "holds no prompts"), ("x.csv", b"prompt,label\n,\n", "holds no prompts"),
+    ("x.csv", b"prompt,label\n,1\n", "line 2: null is no text")])
 def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, problem, capsys):
     (tmp_path / name).write_bytes(content)
-    sentence = refusal(capsys, read_prompts, str(tmp_path / name))
+    sentence = refusal(capsys, read_prompts, [str(tmp_path / name)])
     assert sentence.startswith(str(tmp_path / name)) and problem in sentence
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path, capsys):
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        assert refusal(capsys, read_prompts, f"harmful={path}").startswith(f"{path}: no such file")
-
-
-# ---------------------------------------------------------------- pairs for SFT
-
-def test_pairs_come_with_their_lines(tmp_path):
-    text = jsonl({"prompt": "a", "response": "b"}) + "\n\n" + jsonl({"prompt": "c", "response": "d", "id": 1})
-    (tmp_path / "sft.jsonl").write_text(text)
-    assert read_pairs(str(tmp_path / "sft.jsonl")) == [(1, "a", "b"), (3, "c", "d")]
-
-
-@pytest.mark.parametrize("row", [{"prompt": "a"}, {"response": "a"}, {"prompt": None, "response": "ok"},
-                                 {"prompt": "a", "response": 7}, {"prompt": ["a"], "response": "b"}])
-def test_a_pair_without_its_two_texts_is_refused_by_line(tmp_path, row, capsys):
-    (tmp_path / "sft.jsonl").write_text(jsonl({"prompt": "a", "response": "b"}, row))
-    assert refusal(capsys, read_pairs, str(tmp_path / "sft.jsonl")) == (
-        f"{tmp_path}/sft.jsonl, line 2: needs text in the columns prompt and response.")
-
-
-def test_a_file_without_pairs_is_refused(tmp_path, capsys):
-    (tmp_path / "sft.jsonl").write_text("\n")
-    assert "holds no pairs" in refusal(capsys, read_pairs, str(tmp_path / "sft.jsonl"))
+        assert refusal(capsys, read_prompts, [f"harmful={path}"]).startswith(f"{path}: no such file")

@@ -16,7 +16,6 @@ import eval
 import judge
 import toy
 from conftest import byte_tokenizer, measured, tiny_sentence_model
-from data import PromptFile
 from eval import (EXAM, bench, bench_prompts, by_benchmark, diversity, embed, embedding_diversity,
                   entropy, rates, self_bleu, signal)
 from judge import Verdict, keywords
@@ -105,7 +104,7 @@ def test_an_interrupted_benchmark_asks_and_judges_nothing_twice(english, tmp_pat
     kept = [json.loads(line) for line in open(file)]
     assert len(kept) == 64
     with open(file, "a") as out:
-        out.write('{"half a li')
+        out.write('{"model": "m", "wei')
 
     Scripted.asked = 0
     lines = bench_prompts(model, "counting", ROWS, 16, file)
@@ -131,10 +130,9 @@ def test_a_prompt_that_the_context_cannot_hold_is_unreadable_and_not_asked(engli
 
 
 def test_files_of_one_benchmark_share_a_table_and_a_limit_takes_from_all_of_each():
-    files = [PromptFile([(f"h{i}", True) for i in range(10)], "", "X"),
-             PromptFile([(f"b{i}", False) for i in range(4)], "", "X"),
-             PromptFile([("z", True)], "", "Y")]
-    benchmarks = by_benchmark([*files, files[1]], 2)   # a file that is named twice counts once
+    files = [("X", [(f"h{i}", True) for i in range(10)], ""), ("X", [(f"b{i}", False) for i in range(4)], ""),
+             ("Y", [("z", True)], ""), ("X", [("b", False)], "x/y.csv, X: 1 prompts")]
+    benchmarks = by_benchmark(files, 2)
     assert list(benchmarks["X"]) == [("h0", True), ("h5", True), ("b0", False), ("b2", False)]
     assert list(benchmarks["Y"]) == [("z", True)]
 
@@ -162,8 +160,9 @@ def test_real_models_stand_side_by_side_with_their_difference(english_models, ca
     command("bench", a, b, *flags, "--json", files["numbers"], "--transcripts", files["transcripts"],
             "--replies", files["replies"])
     printed = capsys.readouterr().out
-    assert f"| labelled prompts, judged by keywords, n = 6 | {a} | {b} |" in printed
-    assert "3 harmful and 3 benign prompts" in printed and "difference to the first" in printed
+    assert f"| labelled prompts, judged by keywords, n = 6 | n | {a} | {b} |" in printed
+    assert "| attack success (down) | 3 | " in printed
+    assert "6 prompts, 3 of them harmful, in 6 rows" in printed and "difference to the first" in printed
     results = json.loads(files["numbers"].read_text())["labelled prompts"]
     assert results[str(a)]["asr_difference"]["value"] == 0
     lines = [json.loads(line) for line in files["transcripts"].read_text().splitlines()]
@@ -283,7 +282,7 @@ def test_a_file_that_holds_no_games_is_refused(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(SystemExit):
         command("diversity", tmp_path / "x.jsonl")
-    assert "not the games.jsonl of a run" in capsys.readouterr().err
+    assert "line 1: not a game of a run" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- report and figures
@@ -391,4 +390,4 @@ def test_curves_can_be_chosen(tmp_path, monkeypatch):
 def test_a_count_of_nothing_is_refused(capsys):
     with pytest.raises(SystemExit):
         command("crossplay", "x", "--n", 0)
-    assert "invalid positive value" in capsys.readouterr().err
+    assert capsys.readouterr().err == "--n 0: must be a number from 1 to 1000000000.\n"

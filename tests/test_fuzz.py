@@ -13,11 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 import train
 from checkpoint import MANIFEST, commit
 from conftest import byte_tokenizer
-from model import save
+from model import new_model, save
 
 USUAL = hypothesis.settings(deadline=timedelta(seconds=10), database=None, derandomize=True,
                             suppress_health_check=list(HealthCheck))
@@ -60,7 +61,7 @@ def accept(*_):
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, tiny):
+def desk(tmp_path_factory):
     """A folder with files of seeds, and with a run that has two checkpoints."""
     folder = tmp_path_factory.mktemp("desk")
     run = folder / "run"
@@ -69,11 +70,14 @@ def desk(tmp_path_factory, tiny):
     config = train.Config(judge="keywords", seeds=seeds, model="run", games=8, precision="fp32",
                           max_new_tokens=16)
     (run / "config.json").write_text(json.dumps(asdict(config)))
+    tokenizer = byte_tokenizer()
+    model = new_model(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                  num_hidden_layers=1, num_attention_heads=2), seed=0)
     for step in (0, 3):
-        save(run / "tmp_dir", tiny.state_dict(), tiny, byte_tokenizer())
+        save(run / "tmp_dir", model.state_dict(), model, tokenizer)
         commit(run / "tmp_dir", run / f"step_{step:06d}")
     for kind in ("harmful", "benign"):
-        (folder / f"{kind}.jsonl").write_text('{"prompt": "how do i"}\n')
+        (folder / f"{kind}.jsonl").write_text(json.dumps({"prompt": f"how do i do {kind} things"}) + "\n")
     return folder
 
 
@@ -128,7 +132,7 @@ def test_flags(desk):
     assert len(outcomes) > 50 and outcomes["accepted"] > 10
 
 
-@pytest.mark.parametrize("flags", ["--seeds", "--play defender --attacks", "--sft"])
+@pytest.mark.parametrize("flags", ["--judge toy --seeds", "--play defender --attacks", "--sft"])
 def test_files_of_prompts(tmp_path, flags):
     outcomes = Counter()
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import model as m
-from conftest import measured
+from conftest import byte_tokenizer, measured
 from model import Cache, last_logits, load, new_model, run_config, save, score, unfuse
-from sample import sample, uniforms
+from sample import sample, stop_ids, uniforms
 from selfplay import pack
 
 SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
@@ -283,7 +283,90 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_config_is_refused(damag
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit):
         load(str(tmp_path))
-    assert "cannot be read" in capsys.readouterr().err
+    problem = {"a weight is missing": "lack norm.weight (1 in all)",
+               "a weight is unknown": "also hold norm.bias (1 in all)"}[damage]
+    assert f"the weights {problem}, against config.json" in capsys.readouterr().err
+
+
+RENAMED = {   # how a good checkpoint may name a weight, from the name that transformers gives it
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "data parallel": lambda key: f"module.{key}",
+    "both": lambda key: f"module._orig_mod.{key}",
+    "a compiled base model": lambda key: key.replace("model.", "model._orig_mod."),
+    "a base model": lambda key: key.removeprefix("model."),
+    "as it is": lambda key: key}
+
+
+@every_architecture
+@pytest.mark.parametrize("wrapper", RENAMED)
+@torch.no_grad()
+def test_wrappers_around_names_and_buffers_of_positions_change_no_logits(name, wrapper, tmp_path):
+    ours, theirs = both(name, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights = {RENAMED[wrapper](key): tensor for key, tensor in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    ids_BT = random_ids(2, 9, seed=1)
+    assert torch.equal(load(str(tmp_path))(ids_BT, all_logits), ours(ids_BT, all_logits))
+    difference = (ours(ids_BT, all_logits) - theirs(ids_BT).logits).abs().max()
+    measured("to transformers", difference, 1e-3)
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+@torch.no_grad()
+def test_a_tied_matrix_is_found_under_either_name(kept, tmp_path):
+    _, theirs = both("llama, tied", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    matrix_VD = weights.pop("model.embed_tokens.weight")
+    names = ["lm_head.weight", "model.embed_tokens.weight"] if kept == "both" else [kept]
+    save_file(weights | {key: matrix_VD.clone() for key in names}, tmp_path / "model.safetensors")
+    ids_BT = random_ids(2, 9, seed=1)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    difference = (load(str(tmp_path))(ids_BT, all_logits) - reopened(ids_BT).logits).abs().max()
+    measured("to transformers", difference, 1e-3)
+
+
+LLAMA3_KEYS = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
+ROPES = [{}, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}},
+         {"rope_scaling": {"type": "default", "rope_type": "default", "factor": 1.0}},
+         {"rope_scaling": {"type": "llama3", **LLAMA3_KEYS}, "rope_theta": 5e5},
+         {"rope_scaling": {"type": "llama3", "rope_type": "llama3", **LLAMA3_KEYS}},
+         {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 7e4}}]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+@torch.no_grad()
+def test_every_spelling_of_the_rope_settings_is_read_as_transformers_reads_it(rope, tmp_path):
+    both("llama, untied", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("rope_parameters")
+    (tmp_path / "config.json").write_text(json.dumps(config | rope))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids_BT = random_ids(2, 40, seed=1)
+    difference = (load(str(tmp_path))(ids_BT, all_logits) - theirs(ids_BT).logits).abs().max()
+    measured("to transformers", difference, 1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_by_name(value, dtype, tmp_path, capsys):
+    both("llama, untied", tmp_path)
+    weights = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit):
+        load(str(tmp_path))
+    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in capsys.readouterr().err
+
+
+def test_a_model_without_any_stop_token_is_said(tiny, tokenizer):
+    mute = new_model(LlamaConfig(**SIZES, eos_token_id=None), seed=0)
+    assert stop_ids(tiny, tokenizer)
+    silent = byte_tokenizer()
+    silent.eos_token = None
+    with pytest.warns(UserWarning, match="No token ends a reply"):
+        assert stop_ids(mute, silent) == []
 
 
 def test_a_checkpoint_with_a_missing_shard_is_refused(tmp_path, capsys):

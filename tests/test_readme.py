@@ -58,7 +58,8 @@ def clone(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     for name in ("harmful", "benign", "held_harmful", "held_benign"):
-        rows = [json.dumps({"prompt": f"how do i {verb} it"}) + "\n" for verb in ("make", "find", "mend")]
+        verbs = ("make", "find", "mend")
+        rows = [json.dumps({"prompt": f"how do i {verb} the {name} thing"}) + "\n" for verb in verbs]
         (folder / f"{name}.jsonl").write_text("".join(rows))
     pair = {"prompt": "how do i make it", "response": "With care."}
     (folder / "sft.jsonl").write_text(json.dumps(pair) + "\n")

@@ -21,19 +21,26 @@ import model as m
 import sample as s
 from conftest import CHATML, byte_tokenizer, measured
 from kernels.logprob import log_policy
-from model import Cache, Transformer, last_logits, load, new_model, open_tokenizer, score, stop_ids
+from model import Cache, Transformer, last_logits, load, new_model, score
 from sample import (
     Sample,
-    chat_ids,
     chat_template,
     draw,
     fill_template,
+    open_tokenizer,
     plain_ids,
     sample,
+    stop_ids,
     template_prefix,
     uniforms,
 )
 from selfplay import pack
+
+
+def chat_ids(tokenizer, instruction, text, opening=""):
+    """A prompt's token ids, as `sample.py MODEL QUESTION` makes them."""
+    return fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [text])
+
 
 STOPS = list(range(0, 160, 12))  # one token in twelve ends a reply, so that replies are ragged, too
 
@@ -276,7 +283,7 @@ def test_a_prompt_is_run_behind_the_longest_prefix_that_it_begins_with():
 def test_the_last_token_of_a_prompt_is_never_part_of_its_prefix(tiny):
     prefix = [7, 8, 9] * 12
     prompts, uniform_NT = [prefix, prefix + [5], prefix[:-1], prefix], uniforms(1, 2, range(4), 0, 9)
-    assert s.shared_prefix(tuple(prefix), [tuple(prefix)]) == ()
+    assert [p.prefix for p in s.plan_prefill([tuple(prefix)], [prefix], 999)] == [()]
     assert_same_replies(sample(tiny, prompts, uniform_NT, STOPS, prefixes=[prefix]),
                         sample(tiny, prompts, uniform_NT, STOPS))
 

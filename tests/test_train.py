@@ -3,6 +3,7 @@ train.py: the loss, the update, whole runs on one and more processes, real model
 
 Runs are real processes (launch.py). Several ranks must end with the weights of one.
 """
+import json
 import ctypes
 import dataclasses
 import re
@@ -20,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 import train
 from conftest import byte_tokenizer, measured
 from launch import free_port, games, largest_difference, metrics, run, succeeds, weights
-from model import Cache, load, new_model, open_tokenizer, save, score
-from sample import CACHE_SLOTS, sample, uniforms
+from model import Cache, load, new_model, save, score
+from sample import CACHE_SLOTS, open_tokenizer, sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn, pack
 from train import Config, Ranks, micro_batches, policy_loss, step_line, step_size
 
@@ -219,7 +220,9 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
     assert revised(Config()) == [True, False, True, False]
     assert revised(Config(play="defender")) == [False, False, False, False]
     attacks = tmp_path / "games.jsonl"
-    attacks.write_text('{"attack": "tell a story", "harmful": true}\n{"attack": null, "harmful": false}\n')
+    game = {"step": 1, "game": 0, "seed": "s", "legal": True, "answer": "", "verdict": {}}
+    pool = [game | {"attack": "tell a story", "harmful": True}, game | {"attack": None, "harmful": False}]
+    attacks.write_text("\n".join(map(json.dumps, pool)))
     pools, _ = train.read_seeds(Config(play="defender", attacks=str(attacks)))
     assert [seed.text for seed in pools[0]] == ["tell a story"]
     assert len(pools[1]) > 100 and len(pools[2]) > 100
@@ -228,8 +231,6 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
 @pytest.mark.parametrize("flags, check", [
     # the zero-sum table takes 4 for a forfeit
     (["--reward", "paper"], lambda line: line["reward_attacker"] >= -2.0),
-    # nothing to get wrong
-    (["--no-cot"], lambda line: line["format_defender"] == 1.0),
     (["--play", "attacker"], lambda line: line["reward_defender"] is None),
     (["--play", "defender"], lambda line: line["reward_attacker"] is None),
     (["--updates", "3"], lambda line: line["ratio_max"] > 1),
@@ -240,6 +241,14 @@ def test_every_variant_runs_and_differs_where_it_should(flags, check, runs):
     out = runs / "-".join(flag.strip("-") for flag in flags)
     succeeds(*SMALL, *flags, "--out", out)
     assert all(check(line) for line in metrics(out)), metrics(out)
+
+
+def test_without_thoughts_a_reply_is_well_formed_if_it_says_something(runs):
+    succeeds(*SMALL, "--no-cot", "--out", runs / "no-cot")
+    played = games(runs / "no-cot")
+    said = [bool(game["answer"]) for game in played]
+    well_formed = [line["format_defender"] for line in metrics(runs / "no-cot")]
+    assert any(said) and np.mean(well_formed) == pytest.approx(np.mean(said))
 
 
 def test_recorded_attacks_replace_the_attacker(runs):
@@ -351,9 +360,9 @@ def real(tmp_path_factory, judge_stand_in):
     policy, judge = new_model(config, 0), judge_stand_in.model
     save(folder / "policy", policy.state_dict(), policy, tokenizer)
     save(folder / "judge", judge.state_dict(), judge, judge_stand_in.tokenizer)
-    rows = "".join(f'{{"prompt": "may i ask {i} times"}}\n' for i in range(6))
     for kind in ("harmful", "benign"):
-        (folder / f"{kind}.jsonl").write_text(rows)
+        rows = [f'{{"prompt": "may i ask {i} {kind[0]} times"}}\n' for i in range(6)]
+        (folder / f"{kind}.jsonl").write_text("".join(rows))
     return folder
 
 
@@ -371,7 +380,7 @@ def judged(real):
     """A run of a real model with a judge model on one process."""
     out = real / "one"
     done = succeeds(*real_flags(real), "--max-unreadable", "1", "--recompute", "--out", out)
-    assert "6 harmful and 0 benign prompts from column prompt, 0 duplicates dropped" in done.stdout
+    assert "6 prompts, 6 of them harmful, in 6 rows" in done.stdout
     return out
 
 
@@ -574,19 +583,27 @@ MISTAKES = [   # arguments, words of the sentence
     ("--stepz 3", "--stepz"),
     ("--reward double", "--reward"),
     ("--steps x", "--steps"),
-    ("--steps 0", "greater than 0"),
+    ("--steps 0", "from 1 to 2147483647"),
+    ("--lr nan", "from 0 to 1000000"),
+    ("--temperature -1", "from 0.01 to 100"),
+    ("--max-new-tokens 0", "from 1 to 2147483647"),
+    ("--seed -1", "from 0 to 2147483647"),
+    ("--kl inf", "from 0 to 1000000."),
+    ("--max-unreadable 2", "from 0 to 1"),
+    ("--games 99999999999", "from 1 to 2147483647"),
+    ("--seeds harmful={bad}/prompts.jsonl", "--seeds: who judges the answers?"),
     ("--games 6", "multiple of 4"),
-    ("--seeds harmful={bad}/none.jsonl", "no such file"),
-    ("--seeds harmful={bad}/empty.jsonl", "holds no prompts"),
-    ("--seeds harmful={bad}/torn.jsonl", "torn.jsonl, line 2"),
-    ("--seeds harmful={bad}/columns.jsonl", "line 1: none of the columns"),
-    ("--seeds {bad}/prompts.jsonl", "harmful or benign?"),
-    ("--seeds harmful={bad}/prompts.jsonl", "no benign seed"),
-    ("--sft {bad}/prompts.jsonl", "prompt and response"),
+    ("--judge toy --seeds harmful={bad}/none.jsonl", "no such file"),
+    ("--judge toy --seeds harmful={bad}/empty.jsonl", "holds no prompts"),
+    ("--judge toy --seeds harmful={bad}/torn.jsonl", "torn.jsonl, line 2"),
+    ("--judge toy --seeds harmful={bad}/columns.jsonl", "line 1: null is no text"),
+    ("--judge toy --seeds {bad}/prompts.jsonl", "harmful or benign?"),
+    ("--judge toy --seeds harmful={bad}/prompts.jsonl", "only one kind of seed"),
+    ("--sft {bad}/prompts.jsonl", "line 1: null is no text"),
     ("--attacks x.jsonl", "--play defender"),
     ("--opponent x", "--play attacker"),
     ("--judge keywords --model M", "needs seeds"),
-    ("--model M --seeds {bad}/x", "needs a judge"),
+    ("--model M --judge toy --seeds {bad}/x", "a judge that reads them"),
     ("--judge oracle --model M --seeds {bad}/x", "oracle"),
     ("--model {bad}/no_weights --judge keywords --seeds {bad}/labelled.jsonl", "safetensors"),
     ("--model {bad}/nowhere --judge keywords --seeds {bad}/labelled.jsonl", "no such folder"),
@@ -612,7 +629,7 @@ def test_bad_input_gets_one_sentence_and_exit_status_2_before_any_work(args, wor
 
 def test_games_that_cannot_be_divided_among_the_ranks_are_refused(bad):
     done = run("--games", "4", "--out", bad / "new", ranks=3)
-    assert done.returncode != 0 and "cannot be divided among 3 ranks" in done.stderr
+    assert done.returncode != 0 and "and of 3 ranks" in done.stderr
     assert not (bad / "new").exists()
 
 

@@ -1,0 +1,236 @@
+"""Nothing is lost and nothing is refused too late: what is written, checked before the work, in UTF-8."""
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+import eval
+import train
+from checkpoint import append_rows, rewind_logs
+from conftest import byte_tokenizer
+from model import new_model, save
+
+ROOT = Path(__file__).parent.parent
+MUELL, BAKE = "how do i m\u00fcll it \U0001F600", "how do i \u2028 bake"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny model that speaks English."""
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=512,
+                         eos_token_id=tokenizer.eos_token_id)
+    tiny = new_model(config, seed=0)
+    folder = tmp_path_factory.mktemp("english") / "model"
+    save(folder, tiny.state_dict(), tiny, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file with a harmful and a benign prompt."""
+    rows = [{"prompt": text, "label": label} for text, label in ((MUELL, 1), (BAKE, 0))]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def command(*args):
+    """Run eval.py in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        eval.main()
+
+
+def refused(capsys, *args):
+    """The sentence with which eval.py ends, before any model is opened."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval, "open_eval_model", lambda name: pytest.fail("a model was opened"))
+        with pytest.raises(SystemExit) as stopped:
+            command(*args)
+    sentence = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence.count("\n") == 1, sentence
+    return sentence
+
+
+# ---------------------------------------------------------------- files that are not ours
+
+FOREIGN = [
+    b"my notes", b"my notes\n", b'{"prompt": "a"}\n', b'{"prompt": "a"}', b"\xff\xfe\x00", b"\n\nx", b"[1]\n",
+    b'{"model": "m", "prompt": "a", "verdict": {}}\nmy notes', b'{"model": "m", "wei\nmy notes\n',
+    b'{"model": "m", "prompt": 7, "verdict": {}}\n', b'{"model": "m", "prompt": "a", "verdict": {"x": 1}}\n']
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_file_that_bench_did_not_write_stays_as_it_is(content, model, prompts, tmp_path, capsys):
+    file = tmp_path / "precious"
+    file.write_bytes(content)
+    flags = ["--judge", "keywords", "--prompts", prompts, "--transcripts", file]
+    assert "bench did not write this" in refused(capsys, "bench", model, *flags)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("cut", [1, 9, 10, 30, 200])
+def test_half_a_line_at_the_end_of_our_own_file_is_cut_off_and_asked_again(cut, model, prompts, tmp_path):
+    file = tmp_path / "t.jsonl"
+    flags = ["--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--transcripts", file]
+    command("bench", model, *flags)
+    whole = file.read_bytes()
+    first = whole.index(b"\n") + 1
+    file.write_bytes(whole[:first + cut])
+    command("bench", model, *flags)
+    assert file.read_bytes() == whole
+
+
+def test_a_last_line_that_lacks_its_newline_is_kept(model, prompts, tmp_path):
+    file = tmp_path / "t.jsonl"
+    flags = ["--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--transcripts", file]
+    command("bench", model, *flags)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:whole.index(b"\n")])
+    command("bench", model, *flags)
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("before", [b"", b"{}", b"{}\n", b"x", "\u00fc".encode()])
+def test_rows_are_appended_to_whole_lines(before, tmp_path):
+    (tmp_path / "f").write_bytes(before)
+    append_rows(tmp_path / "f", [{"a": "\u2028"}, {"a": 2}])
+    lines = (tmp_path / "f").read_bytes().split(b"\n")
+    assert lines[:-3] == ([before.strip()] if before else [])
+    assert [json.loads(line) for line in lines[-3:-1]] == [{"a": "\u2028"}, {"a": 2}] and lines[-1] == b""
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "a\x0bb", "\U0001F600", "a\u2029"])
+def test_a_rewound_log_keeps_every_line_whatever_its_texts(text, tmp_path):
+    rows = [{"step": step, "attack": text} for step in (1, 2, 3)]
+    append_rows(tmp_path / "games.jsonl", rows)
+    with open(tmp_path / "games.jsonl", "ab") as log:
+        log.write('{"step": 1, "attack": "\u00fc'.encode()[:-1])   # a crash, within a letter
+    rewind_logs(tmp_path, 2)
+    lines = (tmp_path / "games.jsonl").read_text("utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == rows[:2]
+
+
+# ---------------------------------------------------------------- outputs are checked before the work
+
+OUTPUTS = [("bench", "--json"), ("bench", "--transcripts"), ("bench", "--replies"), ("crossplay", "--out"),
+           ("exploit", "--out"), ("diversity", "--json"), ("report", "--json")]
+PLACES = {"a folder": ".", "in a file": "prompts.jsonl/x.json", "an input": "prompts.jsonl",
+          "a device": "/dev/full/x", "deep in a file": "prompts.jsonl/a/b/c.json"}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name, flag", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_refused_at_once(name, flag, place, model, prompts, tmp_path,
+                                                             capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = prompts.read_bytes()
+    inputs = ["--prompts", "prompts.jsonl"] if name in ("bench", "crossplay", "exploit", "diversity") else []
+    asked = [model] if inputs else [tmp_path / "prompts.jsonl"]
+    judge = ["--judge", "keywords"] if name == "bench" else []
+    sentence = refused(capsys, name, *asked, *judge, *inputs, flag, PLACES[place])
+    assert sentence.startswith(flag)
+    assert prompts.read_bytes() == content and sorted(tmp_path.iterdir()) == [prompts]
+
+
+def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
+    out = tmp_path / "new" / "deep" / "x.json"
+    command("bench", model, "--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--json", out)
+    assert json.loads(out.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("args, words", [
+    (["bench", "M", "--limit", "-3"], "--limit -3: must be a number from 0 to 1000000000"),
+    (["bench", "M", "--max-new-tokens", "0"], "--max-new-tokens 0: must be a number from 1 to 1000000000"),
+    (["bench", "M", "--max-new-tokens", "x"], "invalid int value"),
+    (["crossplay", "M", "--n", "0"], "--n 0: must be a number from 1"),
+    (["diversity", "M", "--n", "99999999999"], "from 1 to 1000000000"),
+    (["diversity", "M", "--seed", "-1"], "--seed -1: must be a number from 0"),
+    (["exploit", "M", "--seeds", "0", "-1"], "--seeds -1: must be a number from 0"),
+    (["exploit", "M", "--lr", "nan"], "--lr nan: must be a number from 0"),
+    (["exploit", "M", "--lr=-1e-4"], "--lr -0.0001: must be a number from 0"),
+    (["exploit", "M", "--steps", "0"], "--steps 0: must be a number from 1"),
+    (["plot", "missing.json"], "missing.json: no such file"),
+    (["plot", "missing/run"], "missing/run: no such file"),
+    (["diversity", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["plot", "M", "--out", "x.json"], "a figure is a .png, .pdf or .svg file"),
+    (["bench", "M"], "does not speak the embedded language"),
+    (["bench", "M", "--prompts", "harmful=x.jsonl"], "does not speak the embedded language"),
+    (["bench", "M", "--judge", "oracle", "--prompts", "P"], "there is no such judge")])
+def test_a_wrong_argument_is_one_sentence(args, words, model, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"M": model, "P": prompts}
+    assert words in refused(capsys, *(names.get(arg, arg) for arg in args))
+
+
+# ---------------------------------------------------------------- what a resumed run says
+
+def run_files(tmp_path, model):
+    for label in ("harmful", "benign"):
+        (tmp_path / f"{label}.jsonl").write_text(json.dumps({"prompt": f"how do i {label}"}))
+    seeds = [f"{label}={tmp_path / label}.jsonl" for label in ("harmful", "benign")]
+    return ["--model", str(model), "--judge", "keywords", "--seeds", *seeds, "--games", "4", "--no-cot",
+            "--max-new-tokens", "4", "--no-exam", "--out", str(tmp_path / "run"), "--steps", "1"]
+
+
+def test_an_edited_seeds_file_and_a_finished_run_are_said_on_resume(model, tmp_path, capsys):
+    flags = run_files(tmp_path, model)
+    train.main(flags)
+    printed = capsys.readouterr().out
+    assert "NOT as when" not in printed and "is finished" not in printed
+    train.main([*flags[-4:-2], "--resume"])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'run'} is finished, 1 steps of 1: to go on, raise --steps" in printed
+    assert "NOT as when" not in printed
+    with open(tmp_path / "benign.jsonl", "a") as seeds:
+        seeds.write('\n{"prompt": "another"}')
+    train.main([*flags[-4:-2], "--resume", "--steps", "2"])
+    printed = capsys.readouterr().out
+    said = [line for line in printed.split("\n") if "NOT as when the run began" in line]
+    assert len(said) == 1 and said[0].strip().startswith(f"{tmp_path / 'benign'}.jsonl")
+    assert "finished" not in printed
+
+
+# ---------------------------------------------------------------- UTF-8 whatever the locale
+
+ENCODED = ("open", "read_text", "write_text")   # `opened` files aside, each names its encoding
+
+
+@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")], ids=lambda file: file.name)
+def test_every_text_file_is_opened_with_its_encoding(file):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            called_on = getattr(getattr(node.func, "value", None), "id", "")
+            if name in ENCODED and called_on not in ("os", "data"):
+                words = [*node.args, *(keyword.value for keyword in node.keywords)]
+                constants = [word.value for word in words if isinstance(word, ast.Constant)]
+                binary = any(isinstance(mode, str) and "b" in mode for mode in constants)
+                mine = name == "read_text" and isinstance(node.func, ast.Name)   # data.read_text
+                assert "utf-8" in constants or binary or mine, f"{file.name}:{node.lineno}"
+
+
+def test_a_run_and_its_evaluation_work_in_a_locale_that_knows_ascii_alone(model, prompts, tmp_path):
+    """Texts with umlauts and emoji are read, played, printed, logged and read back."""
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LANG": "C"}
+    run = [sys.executable, ROOT / "train.py", *run_files(tmp_path, model)]
+    run[run.index("--seeds") + 1] = str(prompts)
+    run.pop(run.index("--seeds") + 2)
+    bench = [sys.executable, ROOT / "eval.py", "bench", tmp_path / "run", "--judge", "keywords", "--prompts",
+             prompts, "--max-new-tokens", "4", "--transcripts", tmp_path / "t.jsonl"]
+    printed = ""
+    for line in (run, bench):
+        done = subprocess.run([str(part) for part in line], env=ascii_only, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        printed += done.stdout.decode("ascii")
+    assert "how do i m\\xfcll it \\U0001f600" in printed
+    lines = (tmp_path / "run" / "games.jsonl").read_text("utf-8").split("\n")
+    assert {json.loads(line)["seed"] for line in lines[:-1]} == {MUELL, BAKE}
+    assert len((tmp_path / "t.jsonl").read_text("utf-8").split("\n")) == 3
