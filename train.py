@@ -121,7 +121,7 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     judge = args.get("judge", "toy").partition(":")[0]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
     names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
-    resumes = args.get("resume") and checkpoint.newest_complete(out)
+    resumes = args.get("resume") and checkpoint.newest_complete(out)  # else there is nothing to go on from
     saved = checkpoint.saved_settings(out, names) if resumes else {}
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
@@ -326,7 +326,7 @@ def rescore(model: Transformer, experiences: list[Experience], cfg: Config, rank
         logprob_BT, _ = score(model, ids_BT, mask_BT, cfg.temperature)
         for b, i in enumerate(numbers):
             scored.append((i, logprob_BT[b][mask_BT[b]].double().cpu().numpy()))
-    by_row = dict(gather_list(scored, ranks))
+    by_row = dict(gather_list(scored, ranks))  # they came rank by rank, longest first
     return [by_row[i] for i in range(len(experiences))]
 
 
@@ -465,7 +465,7 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
         if not parse_reply(response, cfg.cot).well_formed:
             stop(f"{where}: write the response as thought </think> <answer> text </answer>, or add --no-cot.")
         pair = chat.defender_prompt(text_of(row, ["prompt"], where)), chat.reply_ids(response)
-        if sum(map(len, pair)) > context:
+        if sum(map(len, pair)) > context:  # it would be scored at positions that the model never saw
             stop(f"{where}: the pair has more tokens than the model's context, {context}; shorten it.")
         pairs.append(pair)
     if cfg.sft and not pairs:
@@ -560,7 +560,7 @@ def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: C
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
     processes = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}"
     lines.append(f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}")
-    before = run_config(cfg.out).get("files", summaries)
+    before = run_config(cfg.out).get("files", summaries)  # a run of an earlier version has none
     lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
@@ -585,7 +585,7 @@ def main(argv: list[str] | None = None) -> None:
     origin = str(newest or cfg.model)
     chat, world, judge = open_game(cfg, origin, ranks)
     model = load(origin) if origin != "toy" else None  # before anything is written: it may be damaged
-    context = model.hf_config.max_position_embeddings if model else 256
+    context = model.hf_config.max_position_embeddings if model else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
     opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
     pairs = read_sft(cfg, chat, context)
