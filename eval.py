@@ -507,24 +507,25 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
 
 
 def check_args(args: Namespace) -> None:
-    """Refuse numbers out of range, and files that cannot be written, or that are read, before any work."""
+    """Refuse numbers out of range, and outputs that cannot be written or that are read, before any work."""
     flags = vars(args)
-    inputs = [*args.models, *(path.rpartition("=")[2] for path in flags.get("prompts", []))]
+    prompts = [path.removeprefix("harmful=").removeprefix("benign=") for path in flags.get("prompts", [])]
+    taken = {Path(path).resolve() for path in (*args.models, *prompts)}
     for name, value in flags.items():
         default = FLAGS.get(name.replace("_", "-"), [""])[0]
-        low = min(default) if name == "seeds" else int(bool(default))
-        for number in value if name == "seeds" else [value] * isinstance(default, int | float):
-            check_number(name, number, low, 10 ** 9)
+        numbers = value if name == "seeds" else [value] * isinstance(default, int | float)
+        for number in numbers:
+            check_number(name, number, 0 if default in (0, [0, 1]) else 1, 10 ** 9)
         if name in ("out", "json", "transcripts", "replies") and value:
-            folder = Path(value).parent
+            file = Path(value)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                stop(f"--{name} {value}: its folder cannot be made ({error.strerror}); choose another.")
-            read_too = Path(value).resolve() in [Path(path).resolve() for path in inputs]
-            target = value if Path(value).exists() else folder
-            if read_too or Path(value).is_dir() or not os.access(target, os.W_OK):
-                stop(f"--{name} {value}: a folder, an input or not writable; choose another file.")
+                stop(f"--{name} {file}: its folder cannot be made ({error.strerror}); choose another.")
+            writable = os.access(file if file.exists() else file.parent, os.W_OK)
+            if file.resolve() in taken or file.is_dir() or not writable:
+                stop(f"--{name} {file}: a folder, in use, or not writable; choose another file.")
+            taken.add(file.resolve())
 
 
 def main() -> None:
@@ -540,8 +541,7 @@ def main() -> None:
             kind = type((default or [""])[0] if several else default)
             shown = own_default or default
             command.add_argument(f"--{flag}", default=shown, help=f"{help} [{shown}]" if shown else help,
-                                 type=kind,
-                                 nargs="+" if several else None, choices=choices or None)
+                                 type=kind, nargs="+" if several else None, choices=choices or None)
     args = cli.parse_args()
     check_args(args)
     args.function(args)

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -99,7 +100,7 @@ def write(folder, rows, packaging):
     name, text_of_rows = PACKAGINGS[kind]
     content = (b"\xef\xbb\xbf" if mark else b"") + text_of_rows(rows).encode()
     file = folder / (name + ".gz" * compressed)
-    file.write_bytes(gzip.compress(content) if compressed else content)
+    file.write_bytes(gzip.compress(content, mtime=0) if compressed else content)
     return str(file)
 
 
@@ -202,6 +203,7 @@ def test_one_text_under_two_labels_is_refused_with_both_lines(tmp_path_factory, 
 
 
 SHORT = st.text(max_size=3)
+PACK = partial(gzip.compress, mtime=0)
 NOT_TEXT = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.just(float("nan")), st.lists(SHORT, max_size=2),
     st.dictionaries(SHORT, SHORT), st.sampled_from(["", " ", "\u200b", "\ufeff\n"]),
@@ -246,7 +248,7 @@ CONTENT = st.one_of(
     ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
     ROWS.map(lambda rows: json.dumps(rows, indent=1).encode()),
     st.dictionaries(COLUMN, ROWS).map(lambda tables: json.dumps(tables).encode()),
-    st.binary(max_size=60), st.binary(max_size=60).map(gzip.compress),
+    st.binary(max_size=60), st.binary(max_size=60).map(PACK),
     st.lists(st.lists(TEXT, max_size=3).map(",".join), max_size=4).map(
         lambda lines: "\n".join(["prompt,label", *lines]).encode()),
     st.text(max_size=20).map(lambda text: text.encode("utf-16")),

@@ -140,6 +140,12 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(name, flag, place, 
     assert prompts.read_bytes() == content and sorted(tmp_path.iterdir()) == [prompts]
 
 
+def test_two_outputs_are_not_written_to_one_file(model, prompts, tmp_path, capsys):
+    file = tmp_path / "x"
+    flags = ["--judge", "keywords", "--prompts", prompts, "--json", file, "--transcripts", file]
+    assert "in use" in refused(capsys, "bench", model, *flags)
+
+
 def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
     out = tmp_path / "new" / "deep" / "x.json"
     command("bench", model, "--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--json", out)
