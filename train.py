@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -280,31 +281,26 @@ def log0(ranks: Ranks, text: str) -> None:
         tqdm.write(text)
 
 
-def in_full(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, in full; every rank must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def full_weights(policy: Transformer, ranks: Ranks) -> dict[str, Tensor]:
-    """The policy's weights on rank 0's CPU, gathered one after the other; other ranks keep none."""
-    weights = {}
-    for name, parameter in policy.named_parameters():
-        weight = in_full(parameter).detach()
-        if ranks.rank == 0:
-            weights[name] = weight.cpu()
-    return weights
-
-
 def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[int]]:
-    """This rank's micro-batches of row numbers: similar lengths, at most `budget` tokens with padding."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(row)
-    # a pass is a collective, so every rank gets equally many; the last ones may be empty
-    batches += [[]] * (-len(batches) % ranks.world)
-    return batches[ranks.rank::ranks.world]
+    """
+    This rank's micro-batches of row numbers: similar lengths, at most `budget` tokens with padding. A pass is
+    a collective, so every rank makes as many; the smallest budget that needs no more passes evens them out.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+    def pack_rows(limit: int) -> list[list[int]]:
+        batches: list[list[int]] = []
+        for row in order:
+            if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
+
+    n = -(-len(pack_rows(budget)) // ranks.world) * ranks.world
+    batches = pack_rows(bisect_left(range(budget), True, key=lambda limit: len(pack_rows(limit)) <= n))
+    batches += [[]] * (n - len(batches))
+    places = (ranks.rank, ranks.world - 1 - ranks.rank)  # first in one pass, and last in the next
+    return [batches[i * ranks.world + places[i % 2]] for i in range(n // ranks.world)]
 
 # ---------------------------------------------------------------- the update
 def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tuple[list[int], tuple]]:
@@ -358,7 +354,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
                      "ratio_max": ratio_BT.max().item(), "entropy": entropy_BT.sum().item(),
                      "mismatch": mismatch_BT.sum().item()})
     sums += supervised_backward(policy, pairs, cfg, ranks)
-    norm = in_full(nn.utils.clip_grad_norm_(policy.parameters(), 1.0)).item()  # before clipping to 1
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # before clipping
+    norm = getattr(norm, "full_tensor", norm.clone)().item()  # of shards; of nothing, if no turn had tokens
     sums.append({"grad_norm": norm / ranks.world})  # every rank has the same, and the log sums over ranks
     sums = gather_list(sums, ranks)
     if all(math.isfinite(value) for part in sums for value in part.values()):
@@ -519,8 +516,11 @@ def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], mod
 def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer,
                     chat: ChatFormat, keep: int, ranks: Ranks) -> None:
     """The weights, then each rank's part of the optimizer's state; committed when all is written."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     tmp_dir = out / f"partial_{step:06d}"
-    on_main(ranks, partial(save, tmp_dir, full_weights(policy, ranks), policy, chat.tokenizer))
+    # gathered one after the other, on rank 0's CPU alone
+    weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    on_main(ranks, partial(save, tmp_dir, weights, policy, chat.tokenizer))
     problem = checkpoint.save_optimizer(tmp_dir, policy, optimizer)
 
     def finish() -> None:

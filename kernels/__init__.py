@@ -17,6 +17,9 @@ for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a text that a terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
 
+# cuDNN's attention builds a plan for every new shape, 0.4 s and more, and ragged batches have many shapes
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 SMALL_MODEL = 10_000_000  # parameters
 ALL_THREADS = torch.get_num_threads()
 BY_USER = "OMP_NUM_THREADS" in os.environ

@@ -14,10 +14,12 @@ import subprocess
 import sys
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 from torch.profiler import ProfilerActivity, profile
 
 import kernels.logprob
@@ -416,3 +418,37 @@ def test_every_kernel_compiles_for_hopper_without_spills_and_within_shared_memor
 def test_every_kernel_was_compiled(compiled):
     names = [name for name in (*vars(logprob_triton), *vars(layers_triton)) if name.endswith("_kernel")]
     assert {f"{name} {dtype}" for name in names for dtype in ("bf16", "fp32")} == compiled.keys()
+
+
+# ---------------------------------------------------------------- which attention of PyTorch's a GPU takes
+
+def test_cudnns_attention_is_off_in_every_command():
+    """It builds a plan for every new shape, and ragged batches have many."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("T, S", [(40, 40), (300, 300), (40, 90), (17, 18)])
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (6, 1)])
+def test_no_call_hands_pytorch_a_mask_that_flash_attention_would_refuse(T, S, H, K, monkeypatch):
+    """Flash attention takes a causal mask by name, equal dtypes, and heads whose channels are neighbours."""
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, mask=None, **settings):
+        calls.append((query, key, value, mask, settings))
+        return real(query, key, value, mask, **settings)
+    functional = vars(torch.nn.functional) | {"scaled_dot_product_attention": spy}
+    monkeypatch.setattr(layers, "F", SimpleNamespace(**functional))
+    monkeypatch.setattr(layers, "FEW_POSITIONS", 0)   # as on a GPU: the routine at any length
+    query_BTHE = randn(2, T, H, 16)
+    key_BKSE, value_BKSE = randn(2, K, S, 16, seed=1), randn(2, K, S, 16, seed=2)
+    out_BTD = layers.attend(query_BTHE, key_BKSE, value_BKSE)
+    query, key, value, mask, settings = calls[0]
+    assert isinstance(mask, CausalBias) if T < S else mask is None and settings["is_causal"]
+    assert settings["enable_gqa"] == (H != K)
+    assert all(tensor.stride(-1) == 1 and tensor.dtype == query.dtype for tensor in (query, key, value))
+    mask_TS = torch.full((T, S), float("-inf")).triu(S - T + 1)
+    exact = layers.attention_reference(query_BTHE.double(), key_BKSE.double(), value_BKSE.double(),
+                                       mask_TS[:, None].double())
+    measured("to the definition in fp64", (out_BTD.double() - exact).abs().max(), 1e-5)
