@@ -5,12 +5,16 @@ from itertools import product
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"            # a Triton kernel that a test calls runs on the CPU, slowly
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # fastest for such small models; tests may run side by side
 
 import numpy as np
 import pytest
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"   # where the tests of the kernels run
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"        # a Triton kernel that a test calls runs on the CPU, slowly
+
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast

@@ -20,7 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from unittest import mock
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,6 +35,7 @@ FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(PRELOADED)
 
 Hook = Callable[[int], None] | None   # called with the rank
+WITHOUT_GPUS = os.environ | {"CUDA_VISIBLE_DEVICES": ""}   # processes of tests meet on CPUs, by gloo
 
 
 @dataclass
@@ -91,6 +94,8 @@ def start(args: list, ranks: int = 1, before: Hook = None, instead: Hook = None)
     """
     printed = Path(tempfile.mkdtemp(prefix="printed_"))
     port = free_port()
+    with mock.patch.dict(os.environ, WITHOUT_GPUS):
+        ensure_running()
     words = [str(arg) for arg in args]
     started = Run([], printed)
     for number in range(ranks):

@@ -6,7 +6,6 @@ spin while they wait for each other make it 4 to 40 times; kernels/__init__.py s
 is a ratio, not a time. The neighbours are stopped and continued in turns: other load then slows both sides.
 """
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import measured
+from launch import WITHOUT_GPUS
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, ROOT / "train.py", "--steps", "100000", "--games", "16", "--sft-steps", "40"]
@@ -33,7 +33,7 @@ while True:
     pass
 """
 ROUNDS = 3   # of two steps alone and two beside the neighbours
-USER_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+USER_ENVIRONMENT = {name: value for name, value in WITHOUT_GPUS.items() if not name.startswith("OMP_")}
 
 
 def launch(line, stdout):

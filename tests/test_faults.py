@@ -22,7 +22,7 @@ import checkpoint
 import train
 from checkpoint import checkpoints, is_complete, newest_complete, step_number
 from conftest import measured
-from launch import finished, games, largest_difference, metrics, rows, start, weights
+from launch import WITHOUT_GPUS, finished, games, largest_difference, metrics, rows, start, weights
 from launch import run as run_train
 from launch import succeeds as train_succeeds
 
@@ -187,7 +187,7 @@ def test_a_rank_that_fails_ends_all_within_a_minute_with_its_own_error_on_top(ru
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = [*torchrun, script, *SMALL, "--steps", "2", "--out", runs / "failed"]
     began = time.monotonic()
-    done = subprocess.run(line, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=90, env=WITHOUT_GPUS)
     measured("seconds until all have ended", time.monotonic() - began, 60)
     first_error = re.search(r"\w*Error: .*", done.stderr)[0]
     assert done.returncode != 0 and first_error == "ValueError: the dog ate it", done.stderr[-5000:]

@@ -23,7 +23,7 @@ from torch.nn.attention.bias import CausalBias
 from torch.profiler import ProfilerActivity, profile
 
 import kernels.logprob
-from conftest import measured
+from conftest import DEVICE, measured
 from kernels import layers, layers_triton, logprob_triton
 from kernels.logprob import (
     PIECE, TokenLogprob, dense_logprob, functions_for, head_bytes, log_policy, token_logprob,
@@ -33,7 +33,16 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def randn(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, device="cpu").to(DEVICE, dtype)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_on_the_gpu_if_there_is_one():
+    """Without one, Triton's interpreter runs the kernels."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 def as_accurate(what: str, ours: Tensor, plain: Tensor, exact: Tensor, rounding: float) -> None:
@@ -52,7 +61,7 @@ def exact_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: floa
 
 def inputs(N: int, D: int = 32, V: int = 1153, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """hidden_ND, weight_VD and ids_N."""
-    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N))
+    ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(N), device="cpu").to(DEVICE)
     hidden = randn(N, D, dtype=dtype, seed=N)
     weight = randn(V, D, dtype=dtype, seed=N + 1)
     return [hidden.requires_grad_(), weight.requires_grad_(), ids]

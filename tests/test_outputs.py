@@ -1,7 +1,6 @@
 """Nothing is lost and nothing is refused too late: what is written, checked before the work, in UTF-8."""
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import eval
 import train
 from checkpoint import append_rows, rewind_logs
 from conftest import byte_tokenizer
+from launch import WITHOUT_GPUS
 from model import new_model, save
 
 ROOT = Path(__file__).parent.parent
@@ -225,7 +225,7 @@ def test_every_text_file_is_opened_with_its_encoding(file):
 
 def test_a_run_and_its_evaluation_work_in_a_locale_that_knows_ascii_alone(model, prompts, tmp_path):
     """Texts with umlauts and emoji are read, played, printed, logged and read back."""
-    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LANG": "C"}
+    ascii_only = WITHOUT_GPUS | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LANG": "C"}
     run = [sys.executable, ROOT / "train.py", *run_files(tmp_path, model)]
     run[run.index("--seeds") + 1] = str(prompts)
     run.pop(run.index("--seeds") + 2)

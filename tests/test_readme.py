@@ -1,6 +1,5 @@
 """The READMEs are true: their commands run, and the keys and flags that they name exist."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config
 
 from conftest import byte_tokenizer, tiny_sentence_model
+from launch import WITHOUT_GPUS
 from model import new_model, save
 from train import Config
 
@@ -82,7 +82,7 @@ def test_every_command_of_the_readmes_runs(number, clone):
     name, block = BLOCKS[number]
     command = shortened(block)
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=clone, capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+                          text=True, env=WITHOUT_GPUS | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
 

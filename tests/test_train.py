@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 import train
 from conftest import byte_tokenizer, measured
-from launch import free_port, games, largest_difference, metrics, run, succeeds, weights
+from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics, run, succeeds,
+                    weights)
 from model import Cache, load, new_model, save, score
 from sample import CACHE_SLOTS, open_tokenizer, sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn, pack
@@ -356,7 +357,7 @@ def test_two_launchers_of_two_processes_each_end_with_the_weights_of_one_process
                 "--rdzv_backend=c10d", endpoint, "--rdzv_id=7"]
     line = [*torchrun, ROOT / "train.py", *SMALL, "--out", runs / "nodes"]
     pipe = subprocess.PIPE
-    nodes = [subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    nodes = [subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=WITHOUT_GPUS) for _ in range(2)]
     printed = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     difference = largest_difference(weights(runs / "one"), weights(runs / "nodes"))
