@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -446,11 +445,12 @@ def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights of a checkpoint, without the prefixes of torch.compile and other wrappers."""
     weights = {}
     for file in weight_files(folder):
-        for key, tensor in load_file(file).items():
+        for key in safe_open(file, "pt").keys():
+            tensor = safe_open(file, "pt").get_tensor(key)  # opened anew: what was read before is free again
             if not tensor.isfinite().all():
                 stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
             if not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
-                weights[re.sub(r"^((_orig_mod|module|model)\.)+", "", key)] = tensor.to(dtype)
+                weights[re.sub(r"^((_orig_mod|module|model)\.)+", "", key)] = tensor.to(dtype, copy=True)
     return weights
 
 
@@ -485,8 +485,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def fuse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters from those of a checkpoint."""
-    weights = dict(weights)
+    """Our parameters from those of a checkpoint, which leave the dictionary: no second copy of all."""
     for fused, parts in FUSED.items():
         for key in [key for key in weights if f".{parts[0]}." in key]:
             tensors = [weights.pop(key.replace(parts[0], part)) for part in parts]

@@ -7,6 +7,8 @@ position 0 and are padded on the right. Only `generate` of transformers gets a b
     python -m pytest tests/test_model.py
 """
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -358,6 +360,36 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, dtype, tmp_path,
     with pytest.raises(SystemExit):
         load(str(tmp_path))
     assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in capsys.readouterr().err
+
+
+PEAK = """
+import sys
+sys.path.insert(0, {root!r})
+from model import load
+from transformers import AutoConfig
+
+def resident(field="VmRSS"):
+    return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) * 1024
+
+load({tiny!r})   # whatever is imported on the way
+before = resident()
+model = load({folder!r})
+print((resident("VmHWM") - before) / sum(4 * p.numel() for p in model.parameters()))
+"""
+
+
+def test_opening_a_checkpoint_takes_little_more_memory_than_its_weights(tmp_path):
+    """Files are read weight by weight, and fused matrices replace what they are made of."""
+    config = LlamaConfig(vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6,
+                         num_attention_heads=12, num_key_value_heads=4)
+    for name, sizes in (("big", config), ("tiny", CONFIGS["llama, untied"])):
+        model = new_model(sizes, seed=0)
+        save(tmp_path / name, model.state_dict(), model, byte_tokenizer())
+    root = str(Path(m.__file__).parent)
+    code = PEAK.format(root=root, tiny=str(tmp_path / "tiny"), folder=str(tmp_path / "big"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured("peak over the weights, fp32", float(done.stdout.split()[-1]), 1.5)
 
 
 def test_a_model_without_any_stop_token_is_said(tiny, tokenizer):
