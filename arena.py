@@ -12,6 +12,7 @@ Run: python eval.py crossplay RUN RUN ... or python eval.py exploit RUN ...
 """
 import hashlib
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -134,8 +135,7 @@ def need_config(name: str) -> dict:
     """The configuration of a model's run, or a sentence that asks for a run."""
     config = run_config(name)
     if not config:
-        problem = "not of a run" if Path(name).exists() else "no such file or folder"
-        stop(f"{name}: {problem}; give a folder that train.py wrote.")
+        stop(f"{name}: {'not of a run' if os.path.exists(name) else 'no such file or folder'}; give a run.")
     return config
 
 

@@ -4,8 +4,7 @@ How files of prompts and labels are read, and what is refused.
     file -> rows -> which published file it is, by its columns -> (prompt, harmful) of each, once
     python -c "import data; print(data.read_prompts(['harmful=seeds.jsonl'])[0])"
 
-A label is exact: its whole value is in LABELS, or harmful=FILE and benign=FILE give it. What cannot be read
-ends the program with its file, its line, its value and what to do.
+What cannot be read for certain ends the program with its file, its line, its value and what to do.
 """
 import csv
 import gzip
@@ -23,7 +22,7 @@ from sample import clean_text, visible
 # ---------------------------------------------------------------- files that people publish
 HARMFUL = "harmful unsafe toxic vanilla_harmful adversarial_harmful"
 BENIGN = "benign safe unharmful vanilla_benign adversarial_benign"
-LABELS = {   # column: values that mean harmful, values that mean benign
+LABELS = {   # column: whole values that mean harmful, and such that mean benign
     **dict.fromkeys(("harmful", "label"), (f"{HARMFUL} true 1 1.0", f"{BENIGN} false 0 0.0")),
     "jailbreak": ("true 1 1.0", "false 0 0.0"),   # pandas writes 1.0 for 1 if a row is empty
     **dict.fromkeys(("human_0", "human_1", "human_2"), ("1 1.0", "0 0.0")),   # votes in HarmBench
@@ -63,21 +62,19 @@ BENCHMARKS = (   # the first that fits a file; the last fits all
 TEXTS = set(" ".join(benchmark.texts for benchmark in BENCHMARKS).split())
 
 # ---------------------------------------------------------------- files to rows
-NOT_TEXT = {b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK": "ZIP or Excel"}
-BETWEEN = re.compile(r'(?:[\s,\[\]}]|"(?:[^"\\]|\\.)*"\s*:)*')   # rows of JSON; keys of arrays, too
-# A row with two values for one column becomes None, which is no row
+NOT_TEXT = {b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\3\4": "ZIP", b"\0": "data"}
+BETWEEN = re.compile(r'(?:[\s,\[\]}]|"(?:[^"\\]|\\.)*"\s*:)*')   # items of arrays, and keys of arrays
 DECODER = json.JSONDecoder(object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else None)
 
 
 def read_text(path: str) -> str:
     """A file in UTF-8, with or without byte order mark and gzip. What is no text is refused by its kind."""
-    if not Path(path).is_file():
-        stop(f"{path}: no such file; give a JSONL, JSON, CSV or TSV file.")
     try:
+        if not Path(path).is_file():
+            stop(f"{path}: no such file; give a JSONL, JSON, CSV or TSV file.")
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-        kinds = [kind for start, kind in NOT_TEXT.items() if content.startswith(start)]
-        kinds += ["binary"] * (b"\0" in content)
+        kinds = [kind for mark, kind in NOT_TEXT.items() if mark in content[:4 if len(mark) > 1 else None]]
         text = content.decode("utf-8-sig", "strict" if not kinds else "ignore")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         kinds = [str(error)]
@@ -103,9 +100,10 @@ def csv_rows(text: str, separator: str) -> Iterator[tuple[int, dict | None]]:
 
 
 def json_rows(text: str, ending: str) -> Iterator[tuple[int, dict | None]]:
-    """(line, row) of JSON lines, of an array, or, as HarmBench publishes votes, of a dictionary of arrays."""
+    """(line, row) of JSON lines, an array or a dictionary of arrays; None if two values have one name."""
     at, line = 0, 1
-    while (start := BETWEEN.match(text, at).end()) < len(text):
+    between = BETWEEN if text.lstrip().startswith("[") else re.compile(r"\s*")
+    while (start := between.match(text, at).end()) < len(text):
         line += text.count("\n", at, start)
         try:
             row, at = DECODER.raw_decode(text, start)
@@ -113,7 +111,7 @@ def json_rows(text: str, ending: str) -> Iterator[tuple[int, dict | None]]:
             row, at = None, len(text)
         of_lists = isinstance(row, dict) and row and all(isinstance(item, list) for item in row.values())
         if of_lists and ending == ".json" and not text[:start].strip():
-            at = start + 1   # into the dictionary
+            at, between = start + 1, BETWEEN   # into the dictionary
         else:
             yield line, row
             line += text.count("\n", start, at)
@@ -134,15 +132,18 @@ def read_rows(path: str) -> list[tuple[int, dict]]:
 
 # ---------------------------------------------------------------- rows to prompts
 def label_of(row: dict, columns: str, where: str, default: bool | None = None) -> bool | None:
-    """Whether a row is harmful by the first of these columns that is not empty."""
+    """Whether a row is harmful by those of these columns that are not empty."""
+    labels = {}
     for column in columns.split():
         value = "" if row.get(column) is None else str(row[column]).strip()
         harmful, benign = (values.split() for values in LABELS[column])
         if value.lower() in harmful + benign:
-            return value.lower() in harmful
-        if value:
+            labels[column] = value.lower() in harmful
+        elif value:
             stop(f"{where}: {column} is {value[:40]!r}; a label is one of {', '.join(harmful + benign)}.")
-    return default
+    if len(set(labels.values())) > 1:
+        stop(f"{where}: {' and '.join(labels)} contradict each other; mend the row.")
+    return next(iter(labels.values()), default)
 
 
 def text_of(row: dict, columns: Sequence[str], where: str) -> str:
@@ -175,12 +176,11 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
     benchmark = next(b for b in BENCHMARKS
                      if not b.columns or columns >= set(b.columns.split()) >= columns & TEXTS)
     texts = [name for name in benchmark.texts.split() if attacks or name not in ATTACKS] or ["prompt"]
-    fallback = benchmark.default if by_flag is None else by_flag
     prompts = {}
     for line, row in rows:
         where = f"{file}, line {line}"
-        label = label_of(row, benchmark.labels, where, fallback)
-        if benchmark.may_lack and (label is None or row.get(texts[0]) is None):
+        label = label_of(row, benchmark.labels, where, benchmark.default if by_flag is None else by_flag)
+        if benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None):
             continue
         if by_flag not in (None, label):
             stop(f"{where}: {flag}= contradicts its label; write {file} alone, or mend the row.")

@@ -48,24 +48,27 @@ def read_transcript(line: bytes) -> dict | None:
     """A line of a file of transcripts, or None."""
     try:
         content = json.loads(line)
-        return content if isinstance(content["prompt"], str) and Verdict(**content["verdict"]) else None
-    except (ValueError, TypeError, KeyError):
+        texts = isinstance(content["prompt"], str) and isinstance(content["harmful"], bool)
+        whole = texts and "response" in content and vars(Verdict(**content["verdict"])) == content["verdict"]
+        return content if whole else None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
 def read_transcripts(file: str) -> list:
     """
-    The lines of a file of transcripts, none if it does not exist. Half a line at its end, from a write that
-    was interrupted, is cut off. A file that `bench` did not write is refused, and stays as it is.
+    The lines of a file of transcripts, none if it does not exist. Half a line after whole ones, from a write
+    that was interrupted, is cut off. A file that `bench` did not write is refused, and stays as it is.
     """
     content = Path(file).read_bytes() if Path(file).is_file() else b""
     *lines, last = content.split(b"\n")
     transcripts = [read_transcript(line) for line in lines]
-    if None in transcripts or not (read_transcript(last) or BEGINNING[:len(last)] == last[:len(BEGINNING)]):
-        number = [*transcripts, None].index(None) + 1
-        stop(f"--transcripts {file}, line {number}: bench did not write this; give a file of its own.")
-    if read_transcript(last):
+    if None not in transcripts and read_transcript(last):
         return [*transcripts, read_transcript(last)]
+    is_half = transcripts and last.startswith(BEGINNING[:len(last)]) and not last.endswith(b"}")
+    if None in transcripts or last and not is_half:
+        number = [*transcripts, None].index(None) + 1
+        stop(f"{file}, line {number}: eval.py bench did not write this; give a file of its own.")
     if last:
         os.truncate(file, len(content) - len(last))
     return transcripts
@@ -88,6 +91,8 @@ def bench_prompts(model: EvalModel, judge: str, rows: list[tuple], max_new_token
             done[line["prompt"], line["harmful"]] = line
     missing = [row for row in rows if row not in done]
     context = model.model.hf_config.max_position_embeddings - max_new_tokens
+    if context < 1:
+        stop(f"--max-new-tokens {max_new_tokens}: leaves nothing of {model.name}'s context; choose less.")
     player = partial(model.ask, turn=1, max_new_tokens=max_new_tokens, temperature=0.0)
     step = CHUNK if file else len(rows)
     for offset in range(0, len(missing), step):
@@ -157,7 +162,7 @@ def by_benchmark(files: list[tuple[str, list, str]], limit: int) -> dict:
         n = min(limit or math.inf, len(prompts))
         labels = {label for _, label in tables.get(title, ())}
         if not labels.isdisjoint(label for _, label in prompts):
-            title = f"{title}, {summary.partition(', ')[0]}"   # with its path
+            title = f"{title}, {summary.partition(f', {title}: ')[0]}"   # with its path
         rows = [prompts[i * len(prompts) // n] for i in range(n)]
         tables.setdefault(title, {}).update(dict.fromkeys(rows))   # once each, in order
     return tables
@@ -182,7 +187,8 @@ def main_bench(args: Namespace) -> None:
         for name in args.models:
             need_toy(name)
     check_judge(args.judge)
-    read_transcripts(args.transcripts)   # refused, if at all, before the work
+    for file in (args.transcripts, args.replies):   # refused, if at all, before the work
+        read_transcripts(file)
     files = read_prompts(list(dict.fromkeys(args.prompts)), attacks=True)
     for _, _, summary in files:
         print(summary, flush=True)
@@ -307,7 +313,8 @@ def logged_games(file: str) -> list:
         if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
             stop(f"{file}, line {line}: not a game of a run; give a run folder or its games.jsonl.")
         if game["attack"] is not None and game["harmful"]:
-            text_of(game, ["attack"], f"{file}, line {line}")
+            for column in ("attack", "seed"):
+                text_of(game, [column], f"{file}, line {line}")
             games.append(game)
     return games[::-1]
 
@@ -316,7 +323,7 @@ def main_diversity(args: Namespace) -> None:
     """Two tables, of all attacks and of those that succeeded: a column per run or file."""
     games = {}
     for name in args.models:
-        is_file = Path(name).is_file()
+        is_file = os.path.isfile(name)
         games[name] = logged_games(name) if is_file else fresh_games(name, args.n, args.seed, args.prompts)
     n = min(args.n, *map(len, games.values()))   # every measure depends on how many attacks there are
     games = {name: part[:n] for name, part in games.items()}
@@ -441,11 +448,9 @@ def draw_crossplay(results: dict, file: Path) -> None:
 
 def main_plot(args: Namespace) -> None:
     """One figure of all the runs' curves, and one of each file."""
-    runs = [name for name in args.models if not Path(name).is_file()]
+    runs = [name for name in args.models if not os.path.isfile(name)]
     if runs:
         file = args.out or f"{runs[0]}/curves.png"
-        if Path(file).suffix not in (".png", ".pdf", ".svg"):
-            stop(f"--out {file}: a figure is a .png, .pdf or .svg file.")
         draw_curves(runs, file, args.curves)
         print(f"curves: {file}")
     for name in args.models:
@@ -458,7 +463,7 @@ def draw_file(file: Path) -> None:
     try:
         results = json.loads(read_text(str(file)))
         draw_crossplay(results, file.with_suffix(".png"))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         stop(f"{file}: not a file that eval.py crossplay wrote; there is nothing to draw.")
     print(f"numbers: {file}, figure: {file.with_suffix('.png')}")
 
@@ -506,26 +511,40 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
 
 
+OUTPUTS = {"out": [".json"], "json": [".json"], "transcripts": [".jsonl"], "replies": [".jsonl"]}
+FIGURES = [".png", ".pdf", ".svg"]   # what plot's --out may end in
+
+
 def check_args(args: Namespace) -> None:
-    """Refuse numbers out of range, and outputs that cannot be written or that are read, before any work."""
-    flags = vars(args)
-    prompts = [path.removeprefix("harmful=").removeprefix("benign=") for path in flags.get("prompts", [])]
-    taken = {Path(path).resolve() for path in (*args.models, *prompts)}
-    for name, value in flags.items():
+    """Refuse numbers out of range and outputs that cannot be, before any work."""
+    for name, value in vars(args).items():
         default = FLAGS.get(name.replace("_", "-"), [""])[0]
         numbers = value if name == "seeds" else [value] * isinstance(default, int | float)
         for number in numbers:
             check_number(name, number, 0 if default in (0, [0, 1]) else 1, 10 ** 9)
-        if name in ("out", "json", "transcripts", "replies") and value:
-            file = Path(value)
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                stop(f"--{name} {file}: its folder cannot be made ({error.strerror}); choose another.")
-            writable = os.access(file if file.exists() else file.parent, os.W_OK)
-            if file.resolve() in taken or file.is_dir() or not writable:
-                stop(f"--{name} {file}: a folder, in use, or not writable; choose another file.")
-            taken.add(file.resolve())
+    inputs = [*args.models, *vars(args).get("prompts", [])]
+    taken = {Path(path.removeprefix("harmful=").removeprefix("benign=")).resolve() for path in inputs}
+    for name in OUTPUTS:
+        if vars(args).get(name):
+            check_output(name, Path(vars(args)[name]), args.function is main_plot and name == "out", taken)
+
+
+def check_output(name: str, file: Path, is_figure: bool, taken: set[Path]) -> None:
+    """Refuse a file that is read, that cannot be written or that belongs to a model; make its folder."""
+    endings = FIGURES if is_figure else OUTPUTS[name]
+    if file.suffix not in endings:
+        stop(f"--{name} {file}: give a name that ends in {' or '.join(endings)}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--{name} {file}: its folder cannot be made ({error.strerror}); choose another.")
+    beside = file.with_suffix(".json" if is_figure else ".png") if name == "out" else file
+    is_new = not file.exists()
+    for path in (file, beside):
+        in_use = path.resolve() in taken or path.exists() and (is_new or path.resolve().parent in taken)
+        if in_use or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            stop(f"--{name} {path}: a folder, in use, or not writable; choose another file.")
+    taken |= {file.resolve(), beside.resolve()}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import kernels  # before torch, which reads the OpenMP setting in there
 import json
 import math
+import os
 import re
 import sys
 from argparse import ArgumentParser
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,12 +47,12 @@ Head = Callable[[Tensor, Tensor], object]
 
 def stop(sentence: str) -> NoReturn:
     """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
-    print(sentence, file=sys.stderr, flush=True)
+    print(" ".join(sentence.split("\n")), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 class CommandLine(ArgumentParser):
-    """A parser of arguments that refuses a wrong one with one sentence."""
+    """A parser that refuses a wrong argument with one sentence."""
     def error(self, message: str) -> NoReturn:
         stop(f"{self.prog}: {message}; python {self.prog} --help lists the arguments.")
 
@@ -73,8 +74,7 @@ class ModelConfig:
     ffn_dim: int   # of the feed-forward layer, I
     vocab: int
     rope_theta: float
-    # Llama 3's scaling, see rope_frequencies: factor, two bounds in turns, original context in tokens
-    rope_scaling: tuple[float, float, float, float] | None
+    rope_scaling: tuple[float, float, float, float] | None  # Llama 3's, see rope_frequencies
     norm_eps: float
     tied: bool
     qkv_bias: bool
@@ -112,7 +112,8 @@ def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
         rope_fields |= {"type", "rope_type", *ROPE_FIELDS["llama3"]}
     values = hf_config.to_dict().items()
     refused = {key: value for key, value in values if key in checked and value != usual[key]}
-    return refused | {key: value for key, value in rope.items() if key not in rope_fields}
+    refused |= {key: value for key, value in rope.items() if key not in rope_fields}
+    return {key: value for key, value in refused.items() if (key, value) != ("partial_rotary_factor", 1.0)}
 
 
 def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
@@ -131,7 +132,7 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
         layers=hf_config.num_hidden_layers, dim=hf_config.hidden_size, heads=hf_config.num_attention_heads,
         kv_heads=hf_config.num_key_value_heads, head_dim=head_dim, ffn_dim=hf_config.intermediate_size,
         vocab=hf_config.vocab_size, norm_eps=hf_config.rms_norm_eps, tied=hf_config.tie_word_embeddings,
-        rope_theta=rope["rope_theta"],
+        rope_theta=float(rope["rope_theta"]),
         rope_scaling=tuple(rope[field] for field in ROPE_FIELDS[rope["rope_type"]]) or None,
         qkv_bias=kind == "qwen2" or bias,  # Qwen2 always has these biases, and never says so
         o_bias=bias,
@@ -406,29 +407,31 @@ def download(name: str) -> Path:
         second_copy = ["original/*", "consolidated*"]  # of the weights, in Meta's and Mistral's own formats
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=second_copy))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        stop(f"{name}: no such folder, and no hub model of that name can be reached; "
-             "give a folder with config.json and weights.")
+        stop(f"{name}: no such folder, and no hub model of that name can be reached; give another.")
 
 
 def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
     folder = Path(name)
-    if (folder / "latest").is_file():
+    if os.path.isfile(folder / "latest"):  # Path's own fails on a name that is too long
         return folder / (folder / "latest").read_text("utf-8", "replace").strip()
-    if not folder.exists():
+    if not os.path.exists(folder):
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
-            stop(f"{folder}: no {pattern} there; give a Hugging Face folder with safetensors weights, "
-                 "or a run folder that holds a checkpoint.")
+            stop(f"{folder}: no {pattern} there; give a model's folder with safetensors weights, or a run.")
     return folder
 
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
     for folder in (Path(name), Path(name).parent):
-        if (folder / "latest").is_file() and (folder / "config.json").is_file():
-            return json.loads((folder / "config.json").read_text("utf-8"))
+        if os.path.isfile(folder / "latest") and os.path.isfile(folder / "config.json"):
+            try:
+                config = json.loads((folder / "config.json").read_text("utf-8"))
+                return config | {key: dict(value) for key, value in config.items() if key == "prompts"}
+            except (ValueError, TypeError, AttributeError):
+                stop(f"{folder}/config.json: cannot be read as a run's settings; put back the file.")
     return {}
 
 
@@ -464,16 +467,16 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
         weights = read_weights(folder, dtype)
         if model.config.tied and "lm_head.weight" in weights:  # one matrix, under either name or both
             head_VD = weights.pop("lm_head.weight")
-            weights.setdefault("embed_tokens.weight", head_VD)
+            if not torch.equal(head_VD, weights.setdefault("embed_tokens.weight", head_VD)):
+                stop(f"{folder}: lm_head is not the embedding; config.json must not tie_word_embeddings.")
         wanted = {key.removeprefix("model.") for key in unfuse(model.state_dict(), model.config)}
         for problem, keys in (("lack", wanted - weights.keys()), ("also hold", weights.keys() - wanted)):
             if keys:
-                stop(f"{folder}: the weights {problem} {', '.join(sorted(keys)[:4])} ({len(keys)} in all), "
-                     "against config.json; give another checkpoint.")
+                stop(f"{folder}: against config.json, the weights {problem} {len(keys)}: {sorted(keys)[:4]}.")
         model.load_state_dict(fuse(weights), assign=True)  # assign: meta tensors have no memory to copy into
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, json.JSONDecodeError) as error:
+    except Exception as error:  # a damaged file, or a value that transformers refuses, in many ways
         reason = " ".join(str(error).split())[:200]
         stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
     kernels.set_threads(sum(p.numel() for p in model.parameters()))
@@ -529,10 +532,9 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         hf_weights[key] = tensor
     save_torch_state_dict(hf_weights, folder)
-    hf_config = model.hf_config
-    hf_config.architectures = [ARCHITECTURES[hf_config.model_type] + "ForCausalLM"]
-    hf_config.dtype = next(iter(weights.values())).dtype
-    hf_config.save_pretrained(folder)
+    model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type] + "ForCausalLM"]
+    model.hf_config.dtype = next(iter(weights.values())).dtype
+    model.hf_config.save_pretrained(folder)
     model.generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -549,10 +551,9 @@ def main() -> None:
     theirs.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied)
     ids_BT = torch.randint(ours.config.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
-    theirs_BTV = theirs(ids_BT).logits
-    difference = (ours_BTV - theirs_BTV).abs().max()
+    difference = (ours_BTV - theirs(ids_BT).logits).abs().max()
     print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {difference:.1e}, "
-          f"where the largest logit is {theirs_BTV.abs().max():.1f}")
+          f"where the largest logit is {ours_BTV.abs().max():.1f}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
 TODAY = date(2024, 7, 26)   # for templates that ask: a resumed run must draw the same prompts
+DATES = "".join(f"|replace('%{c}', '{TODAY.strftime('%' + c)}')" for c in ("-d", "-m", *"YmdBbAayejHIMSp"))
+STRFTIME = "{%- macro strftime_now(format) -%}{{ format" + DATES + " }}{%- endmacro -%}"  # for all templates
+THOUGHT = re.compile(r"<think(?:ing)?>|<thought>|\[think\]|<\|begin_of_thought\|>", re.I)
+THOUGHT_END = re.compile(r"</think(?:ing)?>|</thought>|\[/think\]|<\|end_of_thought\|>", re.I)
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that look like spaces
 
 # ---------------------------------------------------------------- text to tokens
@@ -53,44 +57,48 @@ def visible(text: str) -> str:
     return text.strip() if seen else ""
 
 
+def after_thought(text: str) -> str | None:
+    """What a text says once its thoughts have ended; None while one is open."""
+    said = THOUGHT_END.split(text)[-1]
+    return None if THOUGHT.search(said) else visible(said)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], think: bool, reply: bool) -> str:
     """A conversation in the tokenizer's chat template, up to the reply that follows, if one is to follow."""
-    template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: repr(TODAY.strftime(call[2])),
-                      tokenizer.get_chat_template())
+    template = STRFTIME + tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=reply, enable_thinking=think,
+        messages, chat_template=template, tokenize=False, enable_thinking=think, add_generation_prompt=reply,
         date_string=TODAY.strftime("%d %b %Y"))
 
 
 def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. With `chat`, it must have a chat template that shows a user's message."""
     from transformers import AutoConfig, AutoTokenizer
-    message = {"role": "user", "content": "How are you?"}
-    problem = ""
+    message, problem = {"role": "user", "content": "How are you?"}, ""
     try:
         folder = find_checkpoint(name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        has_template = chat and tokenizer.chat_template
-        rendered = render(tokenizer, [message], think=False, reply=True) if has_template else ""
-        if chat and message["content"] not in rendered:
-            problem = "has no chat template that shows a user's message"
-        elif max(tokenizer(rendered).input_ids, default=0) >= AutoConfig.from_pretrained(folder).vocab_size:
-            problem = "has a chat template with tokens that the model does not embed"
+        for think in (False, True) if chat else ():
+            rendered = render(tokenizer, [message], think, reply=True)
+            if rendered.count(message["content"]) != 1:
+                problem = "its chat template does not show a user's message once"
+            elif max(tokenizer(rendered).input_ids) >= AutoConfig.from_pretrained(folder).vocab_size:
+                problem = "its chat template has tokens that the model does not embed"
     except Exception as error:  # of a damaged file: the tokenizers library raises nothing narrower
         reason = " ".join(str(error).split())[:120]
-        problem = f"is damaged, or its chat template needs a system's turn before a user's ({reason})"
+        problem = f"its tokenizer is damaged, or its template needs a system's turn before others ({reason})"
     if problem:
-        stop(f"{name}: its tokenizer {problem}; choose an instruction-tuned model with its own tokenizer.")
+        stop(f"{name}: {problem}; choose an instruction-tuned model with its own tokenizer.")
     return tokenizer
 
 
 def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply, by the generation config and by the tokenizer."""
     listed = model.generation.eos_token_id  # None, one id, or several
-    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
-    if not ids:
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    if not any(isinstance(i, int) for i in ids):
         warnings.warn("No token ends a reply, by generation_config.json and by the tokenizer.", stacklevel=2)
-    return sorted(ids)
+    return sorted(i for i in ids if isinstance(i, int))
 
 
 @lru_cache(maxsize=8)
@@ -153,8 +161,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening:
     """One user turn in the tokenizer's template, a PLACEHOLDER for {text}, and the assistant's opening."""
     message = {"role": "user", "content": instruction.replace("{text}", PLACEHOLDER)}
     rendered = render(tokenizer, [message], think=bool(opening), reply=True)
-    # some templates open the thought themselves
-    return rendered if opening and rendered.rstrip().endswith(opening) else rendered + opening
+    begun = after_thought(rendered.rpartition(PLACEHOLDER)[2]) is None  # some templates open it themselves
+    return rendered if begun else rendered + opening
 
 # ---------------------------------------------------------------- drawing a token
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
@@ -169,8 +177,7 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     over 150,000 tokens, fp32 sums would lose the rare ones.
     """
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-    # the total is 1 up to rounding; u <= 1 - 2^-53, so this stays below it, and a last token of probability 0
-    # is never drawn
+    # u <= 1 - 2^-53, so the point stays below the total, and a last token of probability 0 is never drawn
     point_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
 
@@ -222,10 +229,7 @@ def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | No
 
 
 class PromptQueue:
-    """
-    Prompts that wait for a row of the decode batch. They run pass by pass, when the batch asks for more; a
-    shared prefix and a prompt that occurs several times run once.
-    """
+    """Prompts that wait for a row. They run pass by pass; a shared prefix and equal prompts run once."""
 
     def __init__(self, model: Transformer, prompts: list[list[int]], prefixes: Sequence[list[int]]):
         self.model = model
@@ -275,8 +279,7 @@ class DecodeBatch:
         self.prompt_B: list[int | None] = [None] * rows
         self.max_new_tokens = uniform_NT.shape[1]
         self.uniform_M = uniform_NT.flatten().to(device)  # M = N * T
-        # device state, at fixed addresses
-        self.next_B = torch.zeros(rows, dtype=torch.long, device=device)  # the token to run next
+        self.next_B = torch.zeros(rows, dtype=torch.long, device=device)  # the token to run next; stays here
         self.uniform_index_B = torch.zeros_like(self.next_B)              # where its uniform number is
         self.logprob_B = torch.zeros(rows, device=device)                 # of the token drawn last
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -323,14 +326,11 @@ class DecodeBatch:
         """One decode step. No host sync and static addresses: it can be captured as a CUDA graph."""
         logits_BV = self.model(self.next_B[:, None], last_logits, self.cache)
         logp_BV = log_policy(logits_BV, self.temperature or 1.0)
-        if self.temperature:
-            token_B = draw(logp_BV, self.uniform_M[self.uniform_index_B])
-        else:
-            token_B = logp_BV.argmax(-1)
+        uniform_B = self.uniform_M[self.uniform_index_B]
+        token_B = draw(logp_BV, uniform_B) if self.temperature else logp_BV.argmax(-1)
         self.next_B.copy_(token_B)
         self.logprob_B.copy_(logp_BV.gather(1, token_B[:, None]).squeeze(1))
-        # free rows draw on: keep their indices in bounds
-        self.uniform_index_B.add_(1).clamp_(max=len(self.uniform_M) - 1)
+        self.uniform_index_B.add_(1).clamp_(max=len(self.uniform_M) - 1)  # free rows draw on: in bounds
         self.cache.length_B.clamp_(max=self.cache.slots - 1)
 
     def step(self) -> list[tuple[int, int, int, float]]:
@@ -403,7 +403,7 @@ def main() -> None:
     cli.add_argument("question")
     cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     args = cli.parse_args()
-    check_number("temperature", args.temperature, 0, 100)
+    check_number("temperature", args.temperature, 0.01 if args.temperature else 0, 100)
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
     run = run_config(args.model)  # the prompts of its game; other models get the bare question

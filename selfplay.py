@@ -23,7 +23,8 @@ from torch import Tensor
 
 from judge import Exchange, Judge, Verdict, keywords
 from model import CommandLine
-from sample import Sample, added_tokens, chat_template, fill_template, plain_ids, template_prefix, visible
+from sample import (PLACEHOLDER, Sample, added_tokens, after_thought, chat_template, fill_template, plain_ids,
+                    template_prefix, visible)
 
 if TYPE_CHECKING:   # the import takes a second, and only a type hint needs it
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,6 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>", "[THINK]", "[/THINK]")
 NO_TAG = r"(?:(?!</?think>|</?answer>).)*"     # any text without a tag
 NO_END = r"(?:(?!</think>|</?answer>).)*"      # any text that does not close a thought or touch an answer
 WELL_FORMED = re.compile(rf"(?P<thought>{NO_TAG})</think>\s*<answer>(?P<answer>{NO_TAG})</answer>\s*", re.S)
-THOUGHT = re.compile(r"<think>|\[THINK\]")
 ONE_ANSWER = re.compile(rf"{NO_END}</think>{NO_TAG}<answer>(?P<answer>{NO_TAG})</answer>{NO_END}", re.S)
 
 
@@ -90,13 +90,12 @@ def parse_reply(text: str, cot: bool = True) -> Reply:
     ''
     """
     if not cot:
-        said = re.split(r"</think>|\[/THINK\]", text)[-1]
-        answer = "" if THOUGHT.search(said) else visible(said)
+        answer = after_thought(text) or ""
         return Reply(text, "", answer, bool(answer))
     whole = WELL_FORMED.fullmatch(text)
     one_answer = ONE_ANSWER.fullmatch(text)
     thought = visible(whole["thought"]) if whole else ""
-    answer = visible(one_answer["answer"]) if one_answer else ""
+    answer = after_thought(one_answer["answer"]) or "" if one_answer else ""
     return Reply(text, thought, answer, bool(thought and answer))
 
 
@@ -185,7 +184,8 @@ class ChatFormat:
         added = self.tokenizer.added_tokens_decoder.items()
         special = {i for i, token in added if token.special and token.content not in TAGS}
         text = self.tokenizer.decode([i for i in sample.ids if i not in special])
-        if not self.cot and THOUGHT.search(self.template("")[-12:]):   # some templates ask for a thought
+        opening = self.template("{text}").rpartition(PLACEHOLDER)[2]
+        if not self.cot and after_thought(opening) is None:   # some templates ask for a thought all the same
             text = THINK_TAG + text
         return parse_reply(text, self.cot)
 

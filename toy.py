@@ -19,6 +19,7 @@ disguises. Nothing here is harmful in the real world.
 """
 import kernels   # before torch, which reads the OpenMP setting in there
 import hashlib
+import os
 import shutil
 import time
 from collections import Counter
@@ -207,9 +208,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def is_toy_model(name: str) -> bool:
     """`name` is "toy", or a local checkpoint folder or run folder whose chat template is TEMPLATE."""
     latest = Path(name, "latest")
-    folder = Path(name, latest.read_text("utf-8", "replace").strip() if latest.is_file() else "")
+    folder = Path(name, latest.read_text("utf-8", "replace").strip() if os.path.isfile(latest) else "")
     template = folder / "chat_template.jinja"
-    return name == "toy" or template.is_file() and template.read_bytes() == TEMPLATE.encode()
+    return name == "toy" or os.path.isfile(template) and template.read_bytes() == TEMPLATE.encode()
 
 
 def seeds() -> list[tuple[str, bool]]:

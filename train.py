@@ -96,7 +96,7 @@ class Config:
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
-    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
+    int: (1, 2 ** 31 - 1), "updates": (1, 1000), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
     float: (0, 10 ** 6), "max_unreadable": (0, 1), "temperature": (0.01, 100)}
 
 
@@ -289,7 +289,7 @@ def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[in
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
     def pack_rows(limit: int) -> list[list[int]]:
-        batches: list[list[int]] = []
+        batches = []
         for row in order:
             if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
                 batches.append([])
@@ -317,7 +317,7 @@ def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tup
 def rescore(model: Transformer, experiences: list[Experience], cfg: Config, ranks: Ranks) -> list[np.ndarray]:
     """logprob_T of every reply under a model; the ranks share the work, and each gets the whole result."""
     rows = [(e.turn.prompt_ids, e.turn.ids) for e in experiences]
-    scored: list[tuple[int, np.ndarray]] = []
+    scored = []
     for numbers, (ids_BT, mask_BT) in packed_batches(rows, cfg, ranks):
         logprob_BT, _ = score(model, ids_BT, mask_BT, cfg.temperature)
         for b, i in enumerate(numbers):
@@ -459,8 +459,9 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
     for line, row in read_rows(cfg.sft) if cfg.sft else ():
         where = f"{cfg.sft}, line {line}"
         response = text_of(row, ["response"], where)
-        if not parse_reply(response, cfg.cot).well_formed:
-            stop(f"{where}: write the response as thought </think> <answer> text </answer>, or add --no-cot.")
+        reply = parse_reply(response, cfg.cot)
+        if not reply.well_formed or not cfg.cot and reply.answer != response.strip():
+            stop(f"{where}: a response is thought </think> <answer> text </answer>, or text with --no-cot.")
         pair = chat.defender_prompt(text_of(row, ["prompt"], where)), chat.reply_ids(response)
         if sum(map(len, pair)) > context:  # it would be scored at positions that the model never saw
             stop(f"{where}: the pair has more tokens than the model's context, {context}; shorten it.")
@@ -558,14 +559,12 @@ def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: C
              ranks: Ranks) -> str:
     """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
-    processes = f"{ranks.world} process{'es' * (ranks.world > 1)} on {ranks.device.type}"
-    lines.append(f"  {cfg.games} games a step = {processes} x {cfg.games // ranks.world}")
+    lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})")
     before = run_config(cfg.out).get("files", summaries)  # a run of an earlier version has none
     lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
-    template = str(chat.tokenizer.chat_template)
-    if "date_string" in template or "strftime_now" in template:
+    if any(word in str(chat.tokenizer.chat_template) for word in ("date_string", "strftime_now")):
         lines.append(f"  the chat template writes today's date: always {TODAY}, so that a run can resume")
     return "\n".join(lines)
 

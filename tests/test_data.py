@@ -219,6 +219,15 @@ def test_a_flag_labels_the_rows_without_a_label_and_must_not_contradict_one(tmp_
         "the row.")
 
 
+@pytest.mark.parametrize("row", [{"harmful": 1, "label": "benign"},
+                                 {"label": 1, "data_type": "vanilla_benign"},
+                                 {"harmful": "safe", "prompt_harm_label": "harmful"}])
+def test_columns_that_contradict_each_other_are_refused(row, tmp_path, capsys):
+    text = jsonl({"prompt": "a"} | row)
+    sentence = refusal(capsys, read_file, tmp_path, "x.jsonl", text)
+    assert f"{' and '.join(row)} contradict each other" in sentence
+
+
 def test_one_text_with_both_labels_is_refused_in_one_file_and_in_two(tmp_path, capsys):
     both = jsonl({"prompt": "a", "label": 1}, {"prompt": " a ", "label": 0})
     assert refusal(capsys, read_file, tmp_path, "x.jsonl", both) == (
@@ -280,6 +289,7 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
     ("x.JSONL.GZ", gzip.compress(b'{"prompt": "a", "label": 1}\n', mtime=0)),
     ("x.csv.gz", gzip.compress(b"prompt,label\na,1\n", mtime=0)),
     ("x.csv", b"prompt,label\na,1\n,\n\n"),
+    ("x.csv", b"PKID,prompt,label\n7,a,1\n"),
     ("x.jsonl", b'{"prompt": [{"role": "user", "content": "a"}], "label": 1}')])
 def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -300,9 +310,9 @@ def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
     ("x.csv", b"prompt,prompt\na,b\n", "line 1: not a row"),
     ("x.jsonl", b'{"prompt": "\xff"}', "can't decode byte 0xff in position 12"),
     ("x.csv", "prompt\na\n".encode("utf-16"), "not text in UTF-8 (UTF-16)"),
-    ("x.csv", "prompt\na\n".encode("utf-16-le"), "not text in UTF-8 (binary)"),
+    ("x.csv", "prompt\na\n".encode("utf-16-le"), "not text in UTF-8 (data)"),
     ("x.jsonl", b"PAR1" + bytes(40), "not text in UTF-8 (Parquet)"),
-    ("x.csv", b"PK\3\4" + bytes(40), "not text in UTF-8 (ZIP or Excel)"),
+    ("x.csv", b"PK\3\4" + bytes(40), "not text in UTF-8 (ZIP)"),
     ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-3], "(Compressed file ended"),
     ("x.jsonl", b'{"prompt": ["a"], "label": 1}', 'line 1: ["a"] is no text'),
     ("x.jsonl", b'{"prompt": NaN, "label": 1}', "line 1: NaN is no text"),
@@ -316,6 +326,9 @@ def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
      "is no text, nor one message of a user"),
     ("x.jsonl", b'{"prompt": [{"role": "user", "content": 7}], "label": 1}', "line 1: 7 is no text"),
     ("x.jsonl", b"\n", "holds no prompts"), ("x.csv", b"prompt,label\n,\n", "holds no prompts"),
+    ("x.jsonl", b'{"prompt": "a", "label": 1}\n]', "line 2: not a row"),
+    ("x.jsonl", b'{"prompt": "a", "label": 1}\n"lost": {"prompt": "b", "label": 1}', "line 2: not a row"),
+    ("x.csv", b'"pro\nmpt",x\na,b\n', "harmful or benign? The columns (pro mpt, x)"),
     ("x.csv", b"prompt,label\n,1\n", "line 2: null is no text")])
 def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, problem, capsys):
     (tmp_path / name).write_bytes(content)

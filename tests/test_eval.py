@@ -155,7 +155,8 @@ def english_models(tmp_path_factory):
 
 def test_real_models_stand_side_by_side_with_their_difference(english_models, capsys):
     a, b = english_models / "a", english_models / "b"
-    files = {name: english_models / f"{name}.json" for name in ("numbers", "transcripts", "replies")}
+    files = {name: english_models / f"{name}.jsonl" for name in ("transcripts", "replies")}
+    files["numbers"] = english_models / "numbers.json"
     flags = ["--judge", "keywords", "--prompts", english_models / "prompts.jsonl", "--max-new-tokens", 8]
     command("bench", a, b, *flags, "--json", files["numbers"], "--transcripts", files["transcripts"],
             "--replies", files["replies"])

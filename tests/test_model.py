@@ -285,9 +285,9 @@ def test_a_checkpoint_whose_weights_are_not_those_of_its_config_is_refused(damag
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit):
         load(str(tmp_path))
-    problem = {"a weight is missing": "lack norm.weight (1 in all)",
-               "a weight is unknown": "also hold norm.bias (1 in all)"}[damage]
-    assert f"the weights {problem}, against config.json" in capsys.readouterr().err
+    problem = {"a weight is missing": "lack 1: ['norm.weight']",
+               "a weight is unknown": "also hold 1: ['norm.bias']"}[damage]
+    assert f"against config.json, the weights {problem}" in capsys.readouterr().err
 
 
 RENAMED = {   # how a good checkpoint may name a weight, from the name that transformers gives it
@@ -329,11 +329,40 @@ def test_a_tied_matrix_is_found_under_either_name(kept, tmp_path):
     measured("to transformers", difference, 1e-3)
 
 
+def test_two_different_matrices_under_a_tied_config_are_refused(tmp_path, capsys):
+    """transformers would not tie them, and say so."""
+    both("llama, tied", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit):
+        load(str(tmp_path))
+    assert "lm_head is not the embedding" in capsys.readouterr().err
+
+
+DAMAGED_CONFIGS = [{"num_attention_heads": 0}, {"hidden_size": "x"}, {"rms_norm_eps": None},
+                   {"rope_theta": None}, {"rope_scaling": "default"}, {"max_position_embeddings": None},
+                   {"layer_types": ["x"]}]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CONFIGS, ids=str)
+def test_a_config_with_impossible_values_is_one_sentence(damage, tmp_path, capsys):
+    both("llama, untied", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("rope_parameters")
+    (tmp_path / "config.json").write_text(json.dumps(config | damage))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        load(str(tmp_path))
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 LLAMA3_KEYS = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
 ROPES = [{}, {"rope_scaling": None}, {"rope_scaling": {"type": "default"}},
          {"rope_scaling": {"type": "default", "rope_type": "default", "factor": 1.0}},
          {"rope_scaling": {"type": "llama3", **LLAMA3_KEYS}, "rope_theta": 5e5},
          {"rope_scaling": {"type": "llama3", "rope_type": "llama3", **LLAMA3_KEYS}},
+         {"partial_rotary_factor": 1.0},
          {"rope_parameters": {"rope_type": "default", "type": "default", "rope_theta": 7e4}}]
 
 

@@ -1,6 +1,7 @@
 """Nothing is lost and nothing is refused too late: what is written, checked before the work, in UTF-8."""
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ def refused(capsys, *args):
 # ---------------------------------------------------------------- files that are not ours
 
 FOREIGN = [
+    b'{"model": "gpt-4o", "messages": ["precious"]}', b'{"model": "gpt-4o", "mess', b"[" * 100_000,
+    b'{"model": "m", "prompt": "a", "harmful": true, "response": null, "verdict": {}}\n',
     b"my notes", b"my notes\n", b'{"prompt": "a"}\n', b'{"prompt": "a"}', b"\xff\xfe\x00", b"\n\nx", b"[1]\n",
     b'{"model": "m", "prompt": "a", "verdict": {}}\nmy notes', b'{"model": "m", "wei\nmy notes\n',
     b'{"model": "m", "prompt": 7, "verdict": {}}\n', b'{"model": "m", "prompt": "a", "verdict": {"x": 1}}\n']
@@ -69,7 +72,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("content", FOREIGN)
 def test_a_file_that_bench_did_not_write_stays_as_it_is(content, model, prompts, tmp_path, capsys):
-    file = tmp_path / "precious"
+    file = tmp_path / "precious.jsonl"
     file.write_bytes(content)
     flags = ["--judge", "keywords", "--prompts", prompts, "--transcripts", file]
     assert "bench did not write this" in refused(capsys, "bench", model, *flags)
@@ -122,8 +125,9 @@ def test_a_rewound_log_keeps_every_line_whatever_its_texts(text, tmp_path):
 
 OUTPUTS = [("bench", "--json"), ("bench", "--transcripts"), ("bench", "--replies"), ("crossplay", "--out"),
            ("exploit", "--out"), ("diversity", "--json"), ("report", "--json")]
-PLACES = {"a folder": ".", "in a file": "prompts.jsonl/x.json", "an input": "prompts.jsonl",
-          "a device": "/dev/full/x", "deep in a file": "prompts.jsonl/a/b/c.json"}
+PLACES = {"a folder": "folder", "in a file": "prompts.jsonl/x", "an input": "prompts",
+          "a device": "/dev/full/x", "deep in a file": "prompts.jsonl/a/b/c", "no ending": ".",
+          "a part of a model": "model/config"}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -131,19 +135,50 @@ PLACES = {"a folder": ".", "in a file": "prompts.jsonl/x.json", "an input": "pro
 def test_an_output_that_cannot_be_written_is_refused_at_once(name, flag, place, model, prompts, tmp_path,
                                                              capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = prompts.read_bytes()
-    inputs = ["--prompts", "prompts.jsonl"] if name in ("bench", "crossplay", "exploit", "diversity") else []
-    asked = [model] if inputs else [tmp_path / "prompts.jsonl"]
+    shutil.copytree(model, tmp_path / "model")
+    for ending in (".json", ".jsonl"):
+        (tmp_path / f"folder{ending}").mkdir()
+        (tmp_path / "model" / f"config{ending}").touch()
+    (tmp_path / "prompts.json").write_bytes(prompts.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    takes = name in ("bench", "crossplay", "exploit", "diversity")
+    inputs = ["--prompts", "prompts.jsonl", "prompts.json"] if takes else []
+    asked = ["model"] if inputs else ["model", "prompts.jsonl", "prompts.json"]
     judge = ["--judge", "keywords"] if name == "bench" else []
-    sentence = refused(capsys, name, *asked, *judge, *inputs, flag, PLACES[place])
+    ending = ".jsonl" if flag in ("--transcripts", "--replies") else ".json"
+    out = PLACES[place] + ending * (place != "no ending")
+    sentence = refused(capsys, name, *asked, *judge, *inputs, flag, out)
     assert sentence.startswith(flag)
-    assert prompts.read_bytes() == content and sorted(tmp_path.iterdir()) == [prompts]
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out, there", [("x.png", "x.json"), ("x.pdf", "x.json"), ("cp.png", "cp.json")])
+def test_a_figure_leaves_alone_what_its_numbers_would_replace(out, there, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / there).write_text("notes")
+    assert f"--out {there}: a folder, in use" in refused(capsys, "plot", "cp.json", "--out", out)
+    assert (tmp_path / there).read_text() == "notes"
+
+
+def test_a_picture_is_not_read_as_the_numbers_of_one(tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "y.json").write_text('{"kind": "crossplay"}')
+    (tmp_path / "y.png").mkdir()
+    for name in ("x.png", "y.json"):
+        assert f"{tmp_path}/{name}: not" in refused(capsys, "plot", tmp_path / name)
+    assert (tmp_path / "x.png").read_bytes() == b"\x89PNG\r\n"
 
 
 def test_two_outputs_are_not_written_to_one_file(model, prompts, tmp_path, capsys):
-    file = tmp_path / "x"
-    flags = ["--judge", "keywords", "--prompts", prompts, "--json", file, "--transcripts", file]
+    file = tmp_path / "x.jsonl"
+    flags = ["--judge", "keywords", "--prompts", prompts, "--replies", file, "--transcripts", file]
     assert "in use" in refused(capsys, "bench", model, *flags)
+
+
+def test_a_length_that_the_context_cannot_hold_is_said(model, prompts, capsys):
+    with pytest.raises(SystemExit):
+        command("bench", model, "--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 512)
+    assert "--max-new-tokens 512: leaves nothing of" in capsys.readouterr().err
 
 
 def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
@@ -166,7 +201,8 @@ def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
     (["plot", "missing.json"], "missing.json: no such file"),
     (["plot", "missing/run"], "missing/run: no such file"),
     (["diversity", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["plot", "M", "--out", "x.json"], "a figure is a .png, .pdf or .svg file"),
+    (["plot", "M", "--out", "x.json"], "give a name that ends in .png or .pdf or .svg"),
+    (["crossplay", "M", "--out", "x.png"], "give a name that ends in .json"),
     (["bench", "M"], "does not speak the embedded language"),
     (["bench", "M", "--prompts", "harmful=x.jsonl"], "does not speak the embedded language"),
     (["bench", "M", "--judge", "oracle", "--prompts", "P"], "there is no such judge")])
@@ -184,6 +220,20 @@ def run_files(tmp_path, model):
     seeds = [f"{label}={tmp_path / label}.jsonl" for label in ("harmful", "benign")]
     return ["--model", str(model), "--judge", "keywords", "--seeds", *seeds, "--games", "4", "--no-cot",
             "--max-new-tokens", "4", "--no-exam", "--out", str(tmp_path / "run"), "--steps", "1"]
+
+
+@pytest.mark.parametrize("content", [b"[", b"\xff", b"[]", b"7", b'{"prompts": 7}', b"null"])
+def test_a_run_whose_settings_cannot_be_read_is_one_sentence(content, model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "run" / "step_000000")
+    (tmp_path / "run" / "latest").write_text("step_000000")
+    (tmp_path / "run" / "config.json").write_bytes(content)
+    assert "cannot be read as a run's settings" in refused(capsys, "plot", tmp_path / "run")
+
+
+@pytest.mark.parametrize("args", [["plot", "x" * 300], ["bench", "x" * 300], ["diversity", "x" * 300],
+                                  ["bench", "M", "--judge", "keywords", "--prompts", "y" * 300]])
+def test_a_name_that_is_too_long_for_a_file_is_one_sentence(args, model, capsys):
+    assert refused(capsys, *(str(model) if arg == "M" else arg for arg in args))
 
 
 def test_an_edited_seeds_file_and_a_finished_run_are_said_on_resume(model, tmp_path, capsys):

@@ -190,6 +190,40 @@ def test_a_reply_begins_inside_a_thought_that_its_template_has_opened(name, answ
     assert closed.answer == "sure" and never.answer == ("" if name == "opens the tag" else "secret sure")
 
 
+@pytest.mark.parametrize("opening", ["<think>\nOkay, let me think.\n", "<think>\nOkay,", "[THINK]",
+                                     "<thinking>\n"])
+def test_a_thought_that_the_template_has_begun_is_no_answer(opening):
+    chat = ChatFormat(thinking_tokenizer(opening), ENGLISH, cot=False)
+    assert chat.parse(Sample(chat.reply_ids("secret, truncated"), [], False)).answer == ""
+    assert chat.parse(Sample(chat.reply_ids("secret </think> sure"), [], True)).answer == "sure"
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("t </think> <answer>[THINK]secret[/THINK]hi</answer>", "hi"),
+    ("t </think> <answer>[THINK]secret</answer>", ""),
+    ("t </think> <answer>hi</answer>", "hi")])
+def test_a_thought_within_an_answer_is_cut(text, answer):
+    assert parse_reply(text).answer == answer
+
+
+@pytest.mark.parametrize("tags", [("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+                                  ("<THINK>", "</THINK>"), ("[think]", "[/think]"),
+                                  ("<|begin_of_thought|>", "<|end_of_thought|>")])
+def test_other_spellings_of_a_thought_are_cut_too(tags):
+    begin, end = tags
+    assert parse_reply(f"{begin} secret {end} sure", cot=False).answer == "sure"
+    assert parse_reply(f"{begin} secret", cot=False).answer == ""
+
+
+@pytest.mark.parametrize("response", ["<think> x </think> hi", "x </think> hi", "<think> x"])
+def test_without_cot_a_pair_that_thinks_is_refused(response, tmp_path, capsys):
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "a", "response": response}))
+    config = train.Config(sft=str(tmp_path / "sft.jsonl"), cot=False)
+    with pytest.raises(SystemExit):
+        train.read_sft(config, ChatFormat(byte_tokenizer(), ENGLISH, cot=False), 1000)
+    assert "line 1: a response is thought </think>" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_layout_tags_that_are_tokens_are_taught_and_read_as_such(special):
     tokenizer = byte_tokenizer()
@@ -213,7 +247,7 @@ def test_a_template_that_needs_a_system_turn_is_refused_in_a_sentence(template, 
     with pytest.raises(SystemExit):
         open_tokenizer(str(tmp_path))
     sentence = capsys.readouterr().err.splitlines()[-1]
-    assert "needs a system's turn" in sentence or "shows a user's message" in sentence
+    assert "needs a system's turn" in sentence or "not show a user's message" in sentence
 
 
 def write_model(folder, tokenizer, vocab=None):
@@ -231,21 +265,23 @@ def test_a_template_with_tokens_that_the_model_does_not_embed_is_refused(tmp_pat
     write_model(tmp_path / "x", thinking_tokenizer("<think>"), len(tokenizer) - 3)
     with pytest.raises(SystemExit):
         open_tokenizer(str(tmp_path / "x"))
-    assert "a chat template with tokens that the model does not embed" in capsys.readouterr().err
+    assert "its chat template has tokens that the model does not embed" in capsys.readouterr().err
 
 
 DATED = [CHATML.replace("{% for", prefix + "{% for", 1) for prefix in (
     "Today: {{ date_string }}\n", "{{ strftime_now('%d %b %Y') }}\n", "{{ strftime_now('%Y-%m-%d') }}\n",
     "{% if not date_string is defined %}{% set date_string = strftime_now('%A') %}{% endif %}"
     "{{ date_string }}\n",
-    "Knowledge {{ strftime_now('%B %Y') }} and {{ date_string }}\n")]
+    "Knowledge {{ strftime_now('%B %Y') }} and {{ date_string }}\n", "{{ strftime_now( '%Y-%m-%d' ) }}\n",
+    "{{ strftime_now(format='%Y-%m-%d') }}\n", "{% set f = '%Y' %}{{ strftime_now(f ~ '-%m-%d') }}\n",
+    "{% set now = strftime_now %}{{ now('%Y-%m-%d') }}\n", "{{ strftime_now('%-d %B %Y') }}\n")]
 
 
 @pytest.mark.parametrize("template", DATED)
 def test_time_stands_still_in_a_template_that_asks_for_the_date(template, tmp_path, capsys):
     tokenizer = byte_tokenizer(template)
     rendered = chat_template(tokenizer, "{text}", "")
-    assert re.search(r"26 Jul 2024|2024-07-26|July 2024|Friday", rendered)
+    assert re.search(r"26 July? 2024|2024-07-26|July 2024|Friday", rendered)
     write_model(tmp_path / "model", tokenizer)
     train.main(["--model", str(tmp_path / "model"), "--judge", "keywords", "--seeds", *write_seeds(tmp_path),
                 "--steps", "1", "--games", "4", "--max-new-tokens", "4", "--no-exam", "--no-cot", "--out",
