@@ -220,7 +220,8 @@ USES = {   # what a file is read as: the column of its text, and what else a row
 def test_what_is_no_text_is_refused_with_its_line_wherever_one_belongs(tmp_path_factory, table, packaging,
                                                                        value, use):
     column, others = USES[use]
-    rows = [{column: row["prompt"], "label": row["label"]} | others for row in table[0]]
+    texts = [row["prompt"].replace("</think>", "") for row in table[0]]   # a pair that thinks is refused, too
+    rows = [{column: text, "label": row["label"]} | others for text, row in zip(texts, table[0], strict=True)]
     rows[-1][column] = value
     file = write(tmp_path_factory.getbasetemp(), rows, packaging)
     sentence = last_words(READERS[use], file)
