@@ -161,7 +161,7 @@ def text_of(row: dict, columns: Sequence[str], where: str) -> str:
 def read_prompts(paths: Sequence[str], attacks: bool = False) -> list[tuple[str, list, str]]:
     """
     (benchmark, [(text, harmful) ..], summary) of each file; with `attacks`, of attacks before the requests
-    behind them. `harmful=FILE` and `benign=FILE` label rows that no column labels. No text has both labels.
+    behind them. `harmful=FILE`, `benign=FILE` label rows that no column labels. No text here has both labels.
     """
     seen: dict[str, tuple[bool, str]] = {}   # text: its label, and where it stands
     return [read_file(path, attacks, seen) for path in paths]

@@ -516,7 +516,7 @@ FIGURES = [".png", ".pdf", ".svg"]   # what plot's --out may end in
 
 
 def check_args(args: Namespace) -> None:
-    """Refuse numbers out of range and outputs that cannot be, before any work."""
+    """Refuse numbers out of range, and outputs that must not be written, before any work."""
     for name, value in vars(args).items():
         default = FLAGS.get(name.replace("_", "-"), [""])[0]
         numbers = value if name == "seeds" else [value] * isinstance(default, int | float)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
-TODAY = date(2024, 7, 26)   # for templates that ask: a resumed run must draw the same prompts
+TODAY = date(2024, 7, 26)  # for templates that ask: a resumed run must draw the same prompts
 DATES = "".join(f"|replace('%{c}', '{TODAY.strftime('%' + c)}')" for c in ("-d", "-m", *"YmdBbAayejHIMSp"))
 STRFTIME = "{%- macro strftime_now(format) -%}{{ format" + DATES + " }}{%- endmacro -%}"  # for all templates
 THOUGHT = re.compile(r"<think(?:ing)?>|<thought>|\[think\]|<\|begin_of_thought\|>", re.I)
@@ -78,12 +78,12 @@ def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
     try:
         folder = find_checkpoint(name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        for think in (False, True) if chat else ():
-            rendered = render(tokenizer, [message], think, reply=True)
-            if rendered.count(message["content"]) != 1:
-                problem = "its chat template does not show a user's message once"
-            elif max(tokenizer(rendered).input_ids) >= AutoConfig.from_pretrained(folder).vocab_size:
-                problem = "its chat template has tokens that the model does not embed"
+        rendered = [render(tokenizer, [message], think, reply=True) for think in (False, True) if chat]
+        top = max((i for text in rendered for i in tokenizer(text).input_ids), default=0)
+        if any(text.count(message["content"]) != 1 for text in rendered):
+            problem = "its chat template does not show a user's message once"
+        elif top >= AutoConfig.from_pretrained(folder).vocab_size:
+            problem = "its chat template has tokens that the model does not embed"
     except Exception as error:  # of a damaged file: the tokenizers library raises nothing narrower
         reason = " ".join(str(error).split())[:120]
         problem = f"its tokenizer is damaged, or its template needs a system's turn before others ({reason})"
