@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import toy
 from data import read_prompts
-from judge import Judge, JudgeModel, open_judge
+from judge import Judge, open_judge
 from model import Transformer, find_checkpoint, load, run_config, stop, weight_files
 from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
@@ -170,10 +170,7 @@ def open_eval_model(name: str) -> EvalModel:
 @lru_cache
 def open_judge_on_device(name: str) -> Judge:
     """The judge that `--judge` names; a judge model is put where the players are."""
-    judge = open_judge(name, DTYPE)
-    if isinstance(judge, JudgeModel):
-        judge.model.to(DEVICE)
-    return judge
+    return open_judge(name, lambda model: load(model, DTYPE).to(DEVICE))
 
 
 # ---------------------------------------------------------------- games between two models

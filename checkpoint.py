@@ -14,14 +14,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import stop
+from kernels import stop
 
 MANIFEST = "complete.json"   # in each checkpoint: {file: bytes}
 
@@ -52,6 +51,20 @@ def commit(tmp_dir: Path, final_dir: Path) -> None:
     shutil.rmtree(final_dir, ignore_errors=True)   # a damaged checkpoint that a resume ignored may be there
     tmp_dir.rename(final_dir)
     replace_text(final_dir.parent / "latest", final_dir.name)
+
+
+def link_or_copy(file: str, new: str) -> None:
+    """Give a file a second name, or copy it to another disk."""
+    try:
+        os.link(os.path.realpath(file), new)  # the hub's cache holds symbolic links
+    except OSError:
+        shutil.copy(file, new)
+
+
+def link_model(model: Path, folder: Path) -> None:
+    """A new folder with the files of a model; of a checkpoint, without the optimizer's state."""
+    without = shutil.ignore_patterns("optimizer", MANIFEST)
+    shutil.copytree(model, folder, ignore=without, copy_function=link_or_copy)
 
 
 def is_complete(folder: Path) -> bool:
@@ -93,15 +106,6 @@ def check_folder(out: Path, resume: bool) -> None:
         stop(f"--out {out}: {parent} cannot be written; choose another folder.")
 
 
-def saved_settings(out: Path, names: set[str]) -> dict[str, object]:
-    """The settings of these names that the run in this folder was last started with."""
-    try:
-        settings = json.loads((out / "config.json").read_text("utf-8"))
-        return {name: settings[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
-        stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
-
-
 def prune(out: Path, keep: int) -> None:
     """Delete all checkpoints but the first, which is the reference model, and the `keep` newest."""
     for old in checkpoints(out)[1:-keep]:
@@ -110,9 +114,10 @@ def prune(out: Path, keep: int) -> None:
 
 # ---------------------------------------------------------------- the optimizer's state
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's own tensors (not copies) by name: {"exp_avg.layers.0.mlp.down_proj.weight": ...}."""
+    """The fp32 weights and AdamW's own tensors (not copies) by name: {"weight.norm.weight": ...}."""
     tensors = {}
     for name, parameter in policy.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach()
         if parameter not in optimizer.state:  # before its first update: what AdamW starts from
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -148,11 +153,9 @@ def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optim
 
 # ---------------------------------------------------------------- logs
 def append_rows(file: Path, rows: list[dict]) -> None:
-    """Append a JSON line per row, to whole lines, and make sure that they are on the disk."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with open(file, "ab+") as opened:
-        opened.seek(max(0, opened.tell() - 1))
-        opened.write(b"\n" * (opened.read() not in (b"", b"\n")) + text.encode())
+    """Append a JSON line per row, and make sure that they are on the disk."""
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sync_to_disk(file)
 
 
@@ -181,30 +184,25 @@ def rewind_logs(out: Path, step: int) -> None:
         replace_text(log, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
 # ---------------------------------------------------------------- signals
-@dataclass
-class StopFlag:
-    """The name of the signal that asked the run to stop, or "" as long as none has."""
-    stop_requested: str = ""
-
-
 def on_stop_signals(action: Callable | signal.Handlers) -> None:
     """Set what SIGTERM and SIGINT do."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, action)
 
 
-def catch_signals() -> StopFlag:
+def catch_signals() -> list[str]:
     """
-    The first signal sets the flag: the training loop finishes its step, saves and exits 0. For a second,
-    others are ignored: a terminal and torchrun both pass Ctrl-C on. Then one more ends the process at once.
+    A list that the first signal appends its name to: the training loop then finishes its step, saves and
+    exits 0. For a second, others are ignored: a terminal and torchrun both pass Ctrl-C on. Then one more ends
+    the process at once.
     """
-    flag = StopFlag()
+    caught: list[str] = []
 
     def handle(number: int, frame: object) -> None:
         on_stop_signals(signal.SIG_IGN)
-        flag.stop_requested = signal.Signals(number).name
+        caught.append(signal.Signals(number).name)
         time.sleep(1.0)
         on_stop_signals(signal.SIG_DFL)
 
     on_stop_signals(handle)
-    return flag
+    return caught

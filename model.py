@@ -22,12 +22,11 @@ import json
 import math
 import os
 import re
-import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +34,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import CommandLine, check_number, stop
 from kernels.layers import attend, attend_one, linear, matmul_fp32, rms_norm, swiglu
 from kernels.logprob import token_logprob
 
@@ -43,24 +43,6 @@ if TYPE_CHECKING:  # functions import transformers when they run: it takes a sec
 
 # (hidden_BTD, weight_VD) -> whatever the caller needs of the logits
 Head = Callable[[Tensor, Tensor], object]
-
-
-def stop(sentence: str) -> NoReturn:
-    """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
-    print(" ".join(sentence.split("\n")), file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-class CommandLine(ArgumentParser):
-    """A parser that refuses a wrong argument with one sentence."""
-    def error(self, message: str) -> NoReturn:
-        stop(f"{self.prog}: {message}; python {self.prog} --help lists the arguments.")
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse an argument that is not a number from `low` to `high`."""
-    if not isinstance(value, int | float) or not low <= value <= high:
-        stop(f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}.")
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -444,42 +426,62 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a checkpoint, without the prefixes of torch.compile and other wrappers."""
-    weights = {}
-    for file in weight_files(folder):
-        for key in safe_open(file, "pt").keys():
-            tensor = safe_open(file, "pt").get_tensor(key)  # opened anew: what was read before is free again
-            if not tensor.isfinite().all():
-                stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
-            if not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
-                weights[re.sub(r"^((_orig_mod|module|model)\.)+", "", key)] = tensor.to(dtype, copy=True)
-    return weights
+@contextmanager
+def refuse_damage(folder: Path) -> Iterator[None]:
+    """Whatever fails in here is the fault of a damaged checkpoint: say so in one sentence."""
+    try:
+        yield
+    except Exception as error:  # of safetensors, transformers, torch or the disk, in many ways
+        reason = " ".join(str(error).split())[:200]
+        stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Open a checkpoint on the CPU, safetensors only; a weight that is missing or unknown is an error."""
+def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A checkpoint's model, on the meta device: it has shapes, and no memory for its weights."""
     from transformers import AutoConfig, GenerationConfig
     folder = find_checkpoint(name)
-    try:
+    with refuse_damage(folder):
         with torch.device("meta"):
-            model = Transformer(AutoConfig.from_pretrained(folder), name)
-        weights = read_weights(folder, dtype)
+            model = Transformer(AutoConfig.from_pretrained(folder), name).to(dtype)
+        if (folder / "generation_config.json").exists():
+            model.generation = GenerationConfig.from_pretrained(folder)
+    kernels.set_threads(sum(p.numel() for p in model.parameters()))
+    return model
+
+
+def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
+    """The weights for a model of `open_empty`, on the CPU. One that is missing or unknown is an error."""
+    folder = find_checkpoint(name)
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    weights: dict[str, Tensor] = {}
+    with refuse_damage(folder):
+        for file in weight_files(folder):
+            for key in safe_open(file, "pt").keys():
+                tensor = safe_open(file, "pt").get_tensor(key)  # opened anew: what was read is free again
+                if not tensor.isfinite().all():
+                    stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
+                if not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
+                    key = re.sub(r"^((_orig_mod|module|model)\.)+", "", key)  # prefixes of wrappers
+                    weights[key] = tensor.to(model.norm.weight.dtype, copy=True)
         if model.config.tied and "lm_head.weight" in weights:  # one matrix, under either name or both
             head_VD = weights.pop("lm_head.weight")
             if not torch.equal(head_VD, weights.setdefault("embed_tokens.weight", head_VD)):
                 stop(f"{folder}: lm_head is not the embedding; config.json must not tie_word_embeddings.")
-        wanted = {key.removeprefix("model.") for key in unfuse(model.state_dict(), model.config)}
-        for problem, keys in (("lack", wanted - weights.keys()), ("also hold", weights.keys() - wanted)):
-            if keys:
-                stop(f"{folder}: against config.json, the weights {problem} {len(keys)}: {sorted(keys)[:4]}.")
-        model.load_state_dict(fuse(weights), assign=True)  # assign: meta tensors have no memory to copy into
-        if (folder / "generation_config.json").exists():
-            model.generation = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file, or a value that transformers refuses, in many ways
-        reason = " ".join(str(error).split())[:200]
-        stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
-    kernels.set_threads(sum(p.numel() for p in model.parameters()))
+        wanted = {part for key in shapes for part in hf_names(key)}
+        problems = {"lack": wanted - weights.keys(), "also hold": weights.keys() - wanted}
+        if not any(problems.values()):
+            fuse(weights)
+            problems["differ in shape in"] = {key for key in shapes if weights[key].shape != shapes[key]}
+    for problem, keys in problems.items():
+        if keys:
+            stop(f"{folder}: against config.json, the weights {problem} {len(keys)}: {sorted(keys)[:4]}.")
+    return weights
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Open a checkpoint on the CPU, from safetensors only."""
+    model = open_empty(name, dtype)
+    model.load_state_dict(read_weights(name, model), assign=True)  # assign: no memory to copy into
     return model
 
 
@@ -487,13 +489,18 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def fuse(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters from those of a checkpoint, which leave the dictionary: no second copy of all."""
+def hf_names(key: str) -> list[str]:
+    """What is one parameter here, by its names in a checkpoint, without `model.`."""
+    module = key.split(".")[-2]
+    return [key.replace(module, part) for part in FUSED.get(module, [module])]
+
+
+def fuse(weights: dict[str, Tensor]) -> None:
+    """Put our parameters in the place of those of a checkpoint, one by one: no second copy of all."""
     for fused, parts in FUSED.items():
         for key in [key for key in weights if f".{parts[0]}." in key]:
             tensors = [weights.pop(key.replace(parts[0], part)) for part in parts]
             weights[key.replace(parts[0], fused)] = torch.cat(tensors)
-    return weights
 
 
 def unfuse(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -505,18 +512,10 @@ def unfuse(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
     hf_weights = {}
     for key, tensor in weights.items():
         module = key.split(".")[-2]
-        prefix = "" if module == "lm_head" else "model."
-        if module not in FUSED:
-            hf_weights[prefix + key] = tensor
-            continue
-        for part, piece in zip(FUSED[module], tensor.split(rows[module]), strict=True):
-            hf_weights[prefix + key.replace(module, part)] = piece
+        pieces = tensor.split(rows[module]) if module in rows else [tensor]
+        for part, piece in zip(hf_names(key), pieces, strict=True):
+            hf_weights[part if module == "lm_head" else f"model.{part}"] = piece
     return hf_weights
-
-
-def owns_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is contiguous and shares its memory with no other."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
@@ -528,7 +527,7 @@ def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
     for key, tensor in unfuse(weights, model.config).items():
         tensor = tensor.detach()
         # safetensors refuses tensors that share memory, as slices of a fused matrix do: copy only those
-        if not owns_memory(tensor):
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() > tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         hf_weights[key] = tensor
     save_torch_state_dict(hf_weights, folder)

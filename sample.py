@@ -3,10 +3,9 @@ How text is drawn, fast, and with what probability.
 
     prompts -> prefill -> rows of a DecodeBatch -> [ logits_BV -> log_policy -> one token per row ] -> replies
 
-The sampler records a token's log-probability under exactly the distribution it was drawn from. Chance is an
-argument: one uniform number per token, a function of (seed, step, game, turn). So a game's text depends, up
-to rounding, neither on the batch nor on the process that samples it. Speed comes from continuous batching (a
-waiting prompt starts as soon as a row is free), from prefill in large passes, and from shared prefixes.
+The sampler records a token's log-probability under the distribution it was drawn from. Chance is an argument:
+one uniform number per token, a function of (seed, step, game, turn): neither the batch nor the process that
+samples it changes a text, but for rounding. Speed comes from continuous batching and from shared prefixes.
 
     python sample.py runs/toy-self-0 "how do i kill the weed"
 """
@@ -23,16 +22,16 @@ from datetime import date
 from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels import CommandLine, check_number, stop
 from kernels.logprob import log_policy
-from model import (Cache, CommandLine, Transformer, check_number, find_checkpoint, last_logits, load,
-                   run_config, stop)
+from model import Cache, Transformer, find_checkpoint, last_logits, load, refuse_damage, run_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,31 +73,26 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], think: bool
 def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. With `chat`, it must have a chat template that shows a user's message."""
     from transformers import AutoConfig, AutoTokenizer
-    message, problem = {"role": "user", "content": "How are you?"}, ""
-    try:
-        folder = find_checkpoint(name)
+    message = {"role": "user", "content": "How are you?"}
+    folder = find_checkpoint(name)
+    with refuse_damage(folder):  # some templates refuse a conversation without a system's turn
         tokenizer = AutoTokenizer.from_pretrained(folder)
         rendered = [render(tokenizer, [message], think, reply=True) for think in (False, True) if chat]
         top = max((i for text in rendered for i in tokenizer(text).input_ids), default=0)
         if any(text.count(message["content"]) != 1 for text in rendered):
-            problem = "its chat template does not show a user's message once"
-        elif top >= AutoConfig.from_pretrained(folder).vocab_size:
-            problem = "its chat template has tokens that the model does not embed"
-    except Exception as error:  # of a damaged file: the tokenizers library raises nothing narrower
-        reason = " ".join(str(error).split())[:120]
-        problem = f"its tokenizer is damaged, or its template needs a system's turn before others ({reason})"
-    if problem:
-        stop(f"{name}: {problem}; choose an instruction-tuned model with its own tokenizer.")
+            stop(f"{name}: its chat template does not show a user's message once; choose a chat model.")
+        if top >= AutoConfig.from_pretrained(folder).vocab_size:
+            stop(f"{name}: the model does not embed all tokens of its chat template; choose another.")
     return tokenizer
 
 
 def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply, by the generation config and by the tokenizer."""
     listed = model.generation.eos_token_id  # None, one id, or several
-    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
-    if not any(isinstance(i, int) for i in ids):
+    ids = {*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id} - {None}
+    if not ids:
         warnings.warn("No token ends a reply, by generation_config.json and by the tokenizer.", stacklevel=2)
-    return sorted(i for i in ids if isinstance(i, int))
+    return sorted(ids)
 
 
 @lru_cache(maxsize=8)
@@ -122,22 +116,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [i for i in ids if i not in special]
 
 
-@lru_cache(maxsize=64)
-def template_part_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """Tokens of what stands before, between and after the texts of a template: there, markup is markup."""
-    return [tokenizer(part, add_special_tokens=False).input_ids for part in template.split(PLACEHOLDER)]
-
-
 def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
-    Token ids of a template with a text in place of each PLACEHOLDER. The whole is tokenised at once, as
-    models are trained to see it. If that yields other markup than the template has by itself, a text has
-    spelled some: then every part is tokenised alone, the texts as plain text.
+    Token ids of a template with a text for each PLACEHOLDER, tokenised at once, as in training. If that
+    yields more markup than the template has, a text has spelled some: then every part is tokenised alone.
     """
     parts = template.split(PLACEHOLDER)
     filled = parts[0] + "".join(clean_text(text) + part for text, part in zip(texts, parts[1:], strict=True))
     whole_ids = tokenizer(filled, add_special_tokens=False).input_ids
-    part_ids = template_part_ids(tokenizer, template)
+    part_ids = tokenizer(parts, add_special_tokens=False).input_ids  # here, markup is markup
     special = set(added_tokens(tokenizer).values())
     template_markup = [i for ids in part_ids for i in ids if i in special]
     if [i for i in whole_ids if i in special] == template_markup:
@@ -172,23 +159,21 @@ def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int)
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """
-    token_B: the first token whose cumulative probability exceeds the row's uniform number. Sums are fp64:
-    over 150,000 tokens, fp32 sums would lose the rare ones.
-    """
+    """token_B: the first token whose cumulative probability exceeds the row's uniform number."""
+    # sums in fp64: over 150,000 tokens, fp32 would lose the rare ones
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     # u <= 1 - 2^-53, so the point stays below the total, and a last token of probability 0 is never drawn
     point_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
     return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
 
 # ---------------------------------------------------------------- prompts to cached keys and values
-CACHE_SLOTS = 65_536   # rows x slots of a batch: 3 GB for a 135M model in fp32, 8 GB for an 8B model in bf16
+CACHE_SLOTS = 65_536   # rows x slots of a batch on a CPU: 3 GB for a model of 135M parameters in fp32
+CACHE_SHARE = 0.7      # of a GPU's free memory, for a batch; prefill takes of the rest
 PREFILL_SLOTS = {"cpu": 1_024, "cuda": 16_384}  # rows x slots of one prefill pass
 MIN_PREFIX = 32        # tokens; a shorter shared prefix saves less than its own pass costs
 
 
-@dataclass
-class PrefillPass:
+class PrefillPass(NamedTuple):
     """Prompts that run together, longest first, by their number; all begin with the tokens of `prefix`."""
     prefix: tuple[int, ...]
     numbers: list[int]
@@ -202,13 +187,10 @@ def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
     order = sorted(range(len(prompts)), key=lambda n: (prefix_N[n], -len(prompts[n]), prompts[n]))
     passes: deque[PrefillPass] = deque()
     for n in order:
-        current = passes[-1] if passes else None
-        if current and current.prefix == prefix_N[n]:
-            longest = len(prompts[current.numbers[0]])
-            if (len(current.numbers) + 1) * longest <= max_slots:
-                current.numbers.append(n)
-                continue
-        passes.append(PrefillPass(prefix_N[n], [n]))
+        is_new = not passes or passes[-1].prefix != prefix_N[n]
+        if is_new or (len(passes[-1].numbers) + 1) * len(prompts[passes[-1].numbers[0]]) > max_slots:
+            passes.append(PrefillPass(prefix_N[n], []))
+        passes[-1].numbers.append(n)
     return passes
 
 
@@ -264,11 +246,29 @@ MIN_ROWS = 16         # on a CPU: with fewer, matmuls round differently, and sam
 COMPACT_BELOW = 0.75  # a CPU batch drops its free rows when no more than this share of its rows is active
 
 
+def rows_for(model: Transformer, n: int, slots: int) -> int:
+    """Rows of a batch for n prompts: on a CPU by a constant, on a GPU as many as its free memory holds."""
+    weight_VD = model.embed_tokens.weight
+    if not weight_VD.is_cuda:
+        return max(MIN_ROWS, min(n, CACHE_SLOTS // slots))
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what PyTorch holds, unused
+    c = model.config
+    keys_and_values = 2 * c.layers * c.kv_heads * c.head_dim * slots * weight_VD.itemsize
+    drawing = 24 * c.vocab  # logits and probabilities in fp32, sums in fp64, copies
+    return max(1, min(n, int(CACHE_SHARE * free / (keys_and_values + drawing))))
+
+
+def join_gather_streams(model: Transformer) -> None:
+    """Wait for the streams that the hooks of a sharded model (FSDP2) made wait for the current one."""
+    if hasattr(model, "_get_fsdp_state"):
+        context = model._get_fsdp_state()._comm_ctx
+        torch.cuda.current_stream().wait_stream(context.all_gather_copy_in_stream)
+        torch.cuda.current_stream().wait_stream(context.all_gather_stream)
+
+
 class DecodeBatch:
-    """
-    Rows of a cache, each drawing one token per step: admit, step, retire, compact. On the host, prompt_B[b]
-    is the number of the prompt that row b answers, or None: a free row draws on, and is ignored.
-    """
+    """Rows of a cache, each drawing a token per step. prompt_B[b]: what row b answers; None: it is free."""
 
     def __init__(self, model: Transformer, rows: int, slots: int, uniform_NT: Tensor, temperature: float):
         weight_VD = model.embed_tokens.weight
@@ -314,7 +314,6 @@ class DecodeBatch:
         rows = max(MIN_ROWS, self.n_active())
         if self.next_B.is_cuda or rows > COMPACT_BELOW * len(self.prompt_B):
             return  # a GPU would have to record its step anew
-        # active rows first
         kept = sorted(range(len(self.prompt_B)), key=lambda b: self.prompt_B[b] is None)[:rows]
         self.prompt_B = [self.prompt_B[b] for b in kept]
         self.next_B = self.next_B[kept]
@@ -344,6 +343,7 @@ class DecodeBatch:
                 # capturing computes nothing; thread_local: other threads may use the GPU meanwhile
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.draw_step()
+                    join_gather_streams(self.model)  # or the capture would end with an error
         tokens = self.next_B.tolist()
         logprobs = self.logprob_B.tolist()
         return [(b, n, tokens[b], logprobs[b]) for b, n in enumerate(self.prompt_B) if n is not None]
@@ -365,17 +365,14 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
            temperature: float = 1.0, prefixes: Sequence[list[int]] = (), label: str = "", done: Done = None,
            max_rows: int = 0) -> list[Sample]:
     """
-    A reply to each prompt, in order, of at most T = uniform_NT.shape[1] tokens. Temperature 0 takes the
-    likeliest token and records its log-probability at temperature 1. A reply ends with a stop token, or when
-    `done` says so of its tokens. `prefixes` are token lists that many prompts begin with: they change the
-    speed and nothing else. With a `label`, a progress bar appears after two seconds.
+    A reply to each prompt, in order, of at most T = uniform_NT.shape[1] tokens; it ends with a stop token, or
+    when `done` says so. Temperature 0 takes the likeliest token and records its log-probability at 1. Many
+    prompts begin with one of the `prefixes`: that saves time. With a `label` there is a progress bar.
     """
     if not prompts:
         return []
     slots = max(len(prompt) for prompt in prompts) + uniform_NT.shape[1]
-    rows = min(len(prompts), max_rows or max(1, CACHE_SLOTS // slots))
-    if not max_rows and not model.embed_tokens.weight.is_cuda:
-        rows = max(rows, MIN_ROWS)
+    rows = min(len(prompts), max_rows) or rows_for(model, len(prompts), slots)
     batch = DecodeBatch(model, rows, slots, uniform_NT, temperature)
     queue = PromptQueue(model, prompts, prefixes)
     replies = [Sample([], [], False) for _ in prompts]

@@ -312,10 +312,7 @@ def is_legal(game: Game) -> bool:
 
 
 def payoffs(game: Game, rewards: Rewards) -> dict[str, float | None]:
-    """
-    The payoff of each role that played; None is a tie. Those of a legal game by the zero-sum table add up to
-    0. Training, evaluation and the log all call this function: a payoff that depends on the texts goes here.
-    """
+    """The payoff of each role that played; None is a tie. A payoff that depends on the texts goes here."""
     sign = signs(game.verdict, game.seed.harmful)
     paid = {DEFENDER: payoff(rewards.defender, sign)}
     if game.attacker is None:
@@ -454,8 +451,9 @@ def game_metrics(games: list[Game], experiences: list[Experience], rewards: Rewa
 
 def nothing_happened(games: list[Game]) -> str:
     """Why a step's games teach nothing, or "" if they do."""
-    if not any(game.defender.reply.answer for game in games):
-        return "no reply reached the judge"
+    judged = [game for game in games if game.defender.reply.answer]
+    if not any(game.verdict.readable for game in judged):
+        return "no verdict could be read" if judged else "no reply reached the judge"
     legal = [is_legal(game) for game in games if game.attacker]
     return "no attack was legal" if legal and not any(legal) else ""
 

@@ -18,10 +18,7 @@ disguises. Nothing here is harmful in the real world.
     python toy.py                     # one request in four disguises, and the judge's verdict on an answer
 """
 import kernels   # before torch, which reads the OpenMP setting in there
-import hashlib
 import os
-import shutil
-import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from judge import JUDGES, Exchange, Verdict
-from model import Transformer, new_model, save, score
+from model import Transformer, new_model, score
 from selfplay import ChatFormat, Prompts, Seed, pack, write_reply
 
 # ---------------------------------------------------------------- the language
@@ -313,26 +310,9 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=loss.item(), refresh=False)
+    if label:
+        tqdm.write(f"{label}: {steps} supervised updates in {bar.format_dict['elapsed']:.0f} s")
     return model
-
-
-def write_sft_model(folder: Path, chat: ChatFormat, steps: int, seed: int, siblings: Path) -> None:
-    """
-    Write the model of `train_sft` into `folder`. An empty file sft-KEY beside the weights stands for all that
-    they depend on. If a run in the folder `siblings` began with the same model, that one is copied.
-    """
-    root = Path(__file__).parent
-    code = [file.read_text("utf-8") for file in sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])]
-    key = hashlib.sha256(f"{code} {steps} {seed} {chat.cot}".encode()).hexdigest()[:16]
-    for mark in sorted(siblings.glob(f"*/step_000000/sft-{key}")):
-        shutil.copytree(mark.parent, folder)
-        tqdm.write(f"SFT: the model of {mark.parent.parent}, copied")
-        return
-    started = time.time()
-    model = train_sft(chat, steps, seed, label="SFT")
-    save(folder, model.state_dict(), model, chat.tokenizer)
-    (folder / f"sft-{key}").touch()
-    tqdm.write(f"SFT: {steps} supervised updates in {time.time() - started:.0f} s")
 
 
 def main() -> None:

@@ -41,8 +41,10 @@ import checkpoint
 from data import read_prompts, read_rows, text_of
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.logprob import head_bytes
-from model import CommandLine, Transformer, check_number, load, run_config, save, score, stop
-from sample import CACHE_SLOTS, TODAY, Sample, clean_text, open_tokenizer, sample, stop_ids, uniforms
+from kernels import CommandLine, check_number, stop
+from model import (Transformer, find_checkpoint, load, open_empty, read_weights, refuse_damage, run_config,
+                   save, score)
+from sample import Sample, clean_text, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Player, Seed,
                       credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
                       play, seed_pools, seeds_for_step, show_game)
@@ -78,7 +80,6 @@ class Config:
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
     max_new_tokens: int = opt(2048, "paper", "longest reply in tokens")
-    max_unreadable: float = opt(0.2, "ours", "stop when more of a step's verdicts than this are unreadable")
     micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank")
     sft_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
     seed: int = opt(0, "ours", "of everything random")
@@ -97,19 +98,19 @@ NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": 
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
     int: (1, 2 ** 31 - 1), "updates": (1, 1000), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
-    float: (0, 10 ** 6), "max_unreadable": (0, 1), "temperature": (0.01, 100)}
+    float: (0, 10 ** 6), "temperature": (0.01, 100)}
 
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
-    cli = CommandLine(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    defaults = f"Defaults without a GPU: {NO_GPU}\n\nDefaults of the toy world: {TOY_WORLD}"
+    cli = CommandLine(description=__doc__, epilog=defaults, formatter_class=RawDescriptionHelpFormatter,
+                      allow_abbrev=False)
     special = {bool: {"action": BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
-        text = f"{f.metadata['help']} [{f.default}"
-        for name, defaults in (("no GPU", NO_GPU), ("toy world", TOY_WORLD)):
-            text += f"; {name}: {defaults[f.name]}" if f.name in defaults else ""
-        kind = special.get(f.type, {"type": f.type}) | {"choices": f.metadata["choices"], "help": f"{text}]"}
-        cli.add_argument("--" + f.name.replace("_", "-"), default=None, **kind)
+        kind = special.get(f.type, {"type": f.type}) | {"choices": f.metadata["choices"]}
+        text = f"{f.metadata['help']} [{f.default}, {f.metadata['source']}]"
+        cli.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
 
 
@@ -123,7 +124,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
     names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
     resumes = args.get("resume") and checkpoint.newest_complete(out)  # else there is nothing to go on from
-    saved = checkpoint.saved_settings(out, names) if resumes else {}
+    saved = {name: value for name, value in run_config(str(out)).items() if resumes and name in names}
+    if resumes and not saved:
+        stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
     changed = [name for name, value in args.items() if name in saved and value != saved[name]]
@@ -159,6 +162,9 @@ def check_config(cfg: Config, world_size: int) -> None:
     checkpoint.check_folder(Path(cfg.out), cfg.resume)
 
 # ---------------------------------------------------------------- the loss
+MAX_MISMATCH = 5e-3  # nats a token between sampler and trainer; in bf16 a matmul changes with its batch
+
+
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int,
                 clip: float) -> Tensor:
     """
@@ -170,6 +176,15 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
     # the minimum has no gradient where the ratio has left the clip and a further move would gain
     gain_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     return -(gain_BT * mask_BT).sum() / n_tokens
+
+
+def importance_weight(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """
+    weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
+    importance sampling, Ionides 2008), in turns whose mean |log_ratio| is above MAX_MISMATCH; else 1.
+    """
+    mismatch_B1 = log_ratio_BT.abs().sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio_BT.exp().clamp(max=2.0).where(mismatch_B1 > MAX_MISMATCH, 1.0)
 
 
 def step_size(cfg: Config, n: int) -> float:
@@ -191,29 +206,40 @@ class Ranks:
 
 
 def setup(cfg: Config) -> Ranks:
-    """One process without torchrun, any number with it; nccl on GPUs, gloo on CPUs."""
+    """One process without torchrun, any number with it; PyTorch picks nccl on GPUs, gloo on CPUs."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device, backend = torch.device("cpu"), "gloo"
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(timeout=timedelta(minutes=30))
     elif cfg.precision == "bf16":
         # a group of one: FSDP computes in bf16 over fp32 master weights, on one process too
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]
     return Ranks(int(os.environ.get("RANK", 0)), world, device, compute)
 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """Move a model to the device and split every layer's parameters among the processes (FSDP2)."""
+    """Split every layer's parameters among the processes (FSDP2); one in fp32 keeps them as they are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    model = model.to(ranks.device)
-    if dist.is_initialized():
-        policy = MixedPrecisionPolicy(param_dtype=ranks.compute, reduce_dtype=torch.float32)
-        for part in (*model.layers, model):
-            fully_shard(part, mp_policy=policy)
+    policy = MixedPrecisionPolicy(param_dtype=ranks.compute, reduce_dtype=torch.float32)
+    for part in (*model.layers, model) if dist.is_initialized() else ():
+        fully_shard(part, mp_policy=policy)
+    return model
+
+
+def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
+    """A checkpoint's model, split among the processes. Rank 0 alone reads the weights, one copy of them."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    if ranks.world == 1 and dtype == ranks.compute:
+        return load(name, dtype).to(ranks.device)
+    model = shard(open_empty(name, dtype), ranks).to_empty(device=ranks.device)
+    weights: dict[str, Tensor] = {}
+    on_main(ranks, lambda: weights.update(read_weights(name, model)))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     return model
 
 
@@ -230,20 +256,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.reshard()
 
 
-def judge_on_demand(judge: Judge, ranks: Ranks) -> Judge:
-    """Between its calls a judge model's weights are sharded over the ranks, or on the CPU of one process."""
+def judge_in_full(judge: Judge) -> Judge:
+    """A judge model is sharded between its calls, and held in full by every rank during them."""
     if not isinstance(judge, JudgeModel):
         return judge
-    if ranks.world > 1:
-        shard(judge.model, ranks)
 
     def judge_exchanges(exchanges: list[Exchange]) -> list[Verdict]:
-        judge.model.to(ranks.device)  # where it is already, if it is sharded
         with gathered(judge.model):
-            verdicts = judge(exchanges)
-        if ranks.world == 1:
-            judge.model.to("cpu")
-        return verdicts
+            return judge(exchanges)
     return judge_exchanges
 
 
@@ -263,15 +283,17 @@ def stop_all(ranks: Ranks, sentence: str) -> None:
     raise SystemExit(2)
 
 
-def on_main(ranks: Ranks, write: Callable[[], None]) -> None:
-    """Rank 0 writes to the disk while the others wait. If it cannot, all ranks stop."""
+def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Rank 0 reads or writes the disk while the others wait. If it cannot, all ranks stop."""
     failures = []
     if ranks.rank == 0:
         try:
-            write()
-        except (OSError, SafetensorError) as error:
-            failures.append(str(error))
+            work()
+        except (OSError, SafetensorError, SystemExit) as error:
+            failures.append(error)
     for failure in gather_list(failures, ranks):  # the others learn of it here
+        if isinstance(failure, SystemExit):  # rank 0 has said why
+            raise failure
         stop_all(ranks, f"The run folder cannot be written ({failure}). Complete checkpoints are intact: "
                         "mend that and go on with --resume.")
 
@@ -329,30 +351,28 @@ def rescore(model: Transformer, experiences: list[Experience], cfg: Config, rank
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: list[Experience],
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
            ranks: Ranks) -> list[dict[str, float]]:
-    """
-    One optimizer update on these turns and supervised pairs, skipped if a loss or the gradient is not finite.
-    Returns sums per micro-batch of all ranks, for the log.
-    """
+    """One optimizer update, skipped if a loss or the gradient is not finite. Returns sums for the log."""
     n_tokens = sum(len(e.turn.ids) for e in experiences)
     rows, sums = [], []
     for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True):
         attacker_T = [float(e.turn.role == ATTACKER)] * len(e.turn.ids)
         rows.append((e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, attacker_T, e.turn.logprobs))
-    for _, tensors in packed_batches(rows, cfg, ranks):
-        ids_BT, mask_BT, advantage_BT, old_BT, attacker_BT, sampled_BT = tensors
+    for _, (ids_BT, mask_BT, advantage_BT, old_BT, attacker_BT, drawn_BT) in packed_batches(rows, cfg, ranks):
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
             old_BT = logprob_BT.detach()
+        mismatch_BT = (old_BT - drawn_BT) * mask_BT  # trainer against sampler
+        weight_BT = importance_weight(mismatch_BT, mask_BT)
         losses = []
         for flag in (1.0, 0.0):  # attacker, defender
             role_BT = mask_BT & (attacker_BT == flag)
-            losses.append(policy_loss(logprob_BT, old_BT, advantage_BT, role_BT, n_tokens, cfg.clip))
+            weighted_BT = weight_BT * advantage_BT
+            losses.append(policy_loss(logprob_BT, old_BT, weighted_BT, role_BT, n_tokens, cfg.clip))
         (sum(losses) * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
         ratio_BT = (logprob_BT.detach() - old_BT).exp() * mask_BT
-        mismatch_BT = (logprob_BT.detach() - sampled_BT).abs() * mask_BT  # sampler against trainer
         sums.append({"loss_attacker": losses[0].item(), "loss_defender": losses[1].item(),
                      "ratio_max": ratio_BT.max().item(), "entropy": entropy_BT.sum().item(),
-                     "mismatch": mismatch_BT.sum().item()})
+                     "mismatch": mismatch_BT.abs().sum().item(), "corrected": (weight_BT != 1).sum().item()})
     sums += supervised_backward(policy, pairs, cfg, ranks)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # before clipping
     norm = getattr(norm, "full_tensor", norm.clone)().item()  # of shards; of nothing, if no turn had tokens
@@ -369,8 +389,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
 def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[int]]], cfg: Config,
                         ranks: Ranks) -> list[dict[str, float]]:
     """Backward of the supervised term: cross-entropy of the responses, in nats per token."""
-    sums = []
-    n_tokens = sum(len(response) for _, response in pairs)
+    sums, n_tokens = [], sum(len(response) for _, response in pairs)
     for _, (ids_BT, mask_BT) in packed_batches(pairs, cfg, ranks):
         logprob_BT, _ = score(policy, ids_BT, mask_BT)
         loss = -(logprob_BT * mask_BT).sum() / n_tokens
@@ -381,14 +400,13 @@ def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[i
 
 def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) -> list[tuple]:
     """The supervised pairs of update n. Three for four games makes the official run's 16 an update."""
-    count = max(1, cfg.games * 3 // (4 * cfg.updates))
     order = np.random.default_rng((cfg.seed, n, 1)).permutation(len(pairs))
-    return [pairs[i] for i in order[:count]]
+    return [pairs[i] for i in order[:max(1, cfg.games * 3 // (4 * cfg.updates))]]
 
-# ---------------------------------------------------------------- measuring a step
+# ---------------------------------------------------------------- a step in numbers, and its memory
 def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) -> dict[str, float]:
     """Means over the step's updates, or over its tokens; the largest ratio; how many updates were skipped."""
-    over = {"mismatch": max(1, n_tokens), "entropy": max(1, n_tokens), "skipped": 1}
+    over = dict.fromkeys(("mismatch", "corrected", "entropy"), max(1, n_tokens)) | {"skipped": 1}
     total = Counter(dict.fromkeys(("loss_attacker", "loss_defender", *over), 0.0))
     for part in sums:
         total.update(part)  # adds
@@ -405,17 +423,14 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
-# ---------------------------------------------------------------- memory
+
 def show_plan(cfg: Config, n_gpus: int) -> str:
     """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
     from transformers import AutoConfig
     models = []
     for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
-        try:
-            with torch.device("meta"):  # no memory
-                models.append(Transformer(AutoConfig.from_pretrained(name), name))
-        except (OSError, ValueError):
-            stop(f"--plan: {name} has no config that can be read; give folders or hub names.")
+        with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
+            models.append(Transformer(AutoConfig.from_pretrained(name), name))
     sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
     c = models[0].config
     embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
@@ -423,21 +438,25 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     # bytes that a token leaves in a layer for the backward pass; recomputed: inputs, and one layer at a time
     left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
     kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
-    plan = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
-            "reference, judge, opponent, sharded": sum(sizes) / n_gpus + embeddings,
-            "play: policy, judge, opponent in full": sum(sizes),
-            "play: keys and values": 4 * CACHE_SLOTS * c.layers * c.kv_heads * c.head_dim,
-            "update: gradients, fp32": 2 * sizes[0] / n_gpus,
-            "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
-            "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda"),
-            "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
-    smaller = min(sum(plan[name] for name in plan if name.startswith(phase)) for phase in ("play", "update"))
-    peak = sum(plan.values()) - smaller
+    # a context holds instructions, an attack and an answer; with less memory, fewer games play at a time
+    slots = -(-cfg.games // n_gpus) * (512 + 2 * cfg.max_new_tokens)
+    always = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
+              "reference, judge, opponent, sharded": sum(sizes) / n_gpus + embeddings}
+    play = {"play: policy, judge, opponent in full": sum(sizes),
+            "play: keys and values": 4 * slots * c.layers * c.kv_heads * c.head_dim}
+    update = {"update: gradients, fp32": 2 * sizes[0] / n_gpus,
+              "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
+              "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda"),
+              "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
+    peak = sum(always.values()) + max(sum(play.values()), sum(update.values()))
     # CUDA itself takes up to 3 GB
     fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
-    plan["peak: " + (fits or ["fits no GPU"])[0]] = peak
+    plan = always | play | update | {"peak: " + (fits or ["fits no GPU"])[0]: peak}
     rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
-    return "\n".join([f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |", *rows])
+    text = (f"Disk: {7 * sizes[0] / 2 ** 30:.1f} GiB a checkpoint, {cfg.keep + 1} of them in a save. Host: "
+            f"{2 * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends a run 30 "
+            "s after a signal; if a step and a save take longer, start it with --shutdown-timeout 600.")
+    return "\n".join([f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |", *rows, "", text])
 
 # ---------------------------------------------------------------- inputs
 def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
@@ -471,13 +490,12 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
     return pairs
 
 
-def open_game(cfg: Config, origin: str, ranks: Ranks) -> tuple[ChatFormat, str, Judge]:
-    """How the players of this model are asked, its world, which follows from the model, and the judge."""
+def open_chat(cfg: Config, origin: str) -> tuple[ChatFormat, str]:
+    """How the players of this model are asked, and its world, which follows from the model."""
     import toy
     tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
     world = "toy" if toy.is_toy_model(origin) else "english"
-    chat = ChatFormat(tokenizer, {"toy": toy.PROMPTS, "english": ENGLISH}[world], cfg.cot)
-    return chat, world, open_judge(cfg.judge, ranks.compute)
+    return ChatFormat(tokenizer, {"toy": toy.PROMPTS, "english": ENGLISH}[world], cfg.cot), world
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
@@ -485,17 +503,16 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, contex
     seeds = [seed for pool in pools for seed in pool]
     seeds.sort(key=lambda seed: -len(clean_text(seed.text).encode()))  # in bytes: nearly the order in tokens
     revised = [seed for seed in seeds if seed.revise][:8]
-    most = min(context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8])
+    left = [context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8]]
     if revised:  # a defender's context holds an attack and an answer, each as long as a reply may be
-        most = min(most, (context - len(chat.defender_prompt(""))) // 2)
-        most = min(most, *(context - len(chat.attacker_prompt(seed)) for seed in revised))
-    if cfg.max_new_tokens > most:
-        advice = f"choose at most {most}" if most > 0 else f"drop the seed that begins {seeds[0].text[:40]!r}"
-        stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of the {context} tokens; {advice}.")
+        left.append((context - len(chat.defender_prompt(""))) // 2)
+        left += [context - len(chat.attacker_prompt(seed)) for seed in revised]
+    if cfg.max_new_tokens > min(left):
+        stop(f"--max-new-tokens {cfg.max_new_tokens}: prompts leave less of the {context} tokens; choose at "
+             f"most {min(left)}, or drop long seeds such as {seeds[0].text[:40]!r}.")
 
 # ---------------------------------------------------------------- the run folder
-def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], model: Transformer | None,
-            newest: Path | None) -> None:
+def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], newest: Path | None) -> None:
     """Write config.json, then the model of step 0, or, on resuming, the logs up to the newest checkpoint."""
     import toy
     out = Path(cfg.out)
@@ -507,10 +524,11 @@ def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], mod
         return
     tmp_dir = out / "partial_000000"
     shutil.rmtree(tmp_dir, ignore_errors=True)  # left by a run that was stopped here
-    if model:
+    if cfg.model == "toy":
+        model = toy.train_sft(chat, cfg.sft_steps, cfg.seed, label="SFT")
         save(tmp_dir, model.state_dict(), model, chat.tokenizer)
     else:
-        toy.write_sft_model(tmp_dir, chat, cfg.sft_steps, cfg.seed, siblings=out.parent)
+        checkpoint.link_model(find_checkpoint(cfg.model), tmp_dir)
     checkpoint.commit(tmp_dir, out / "step_000000")
 
 
@@ -518,9 +536,11 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
                     chat: ChatFormat, keep: int, ranks: Ranks) -> None:
     """The weights, then each rank's part of the optimizer's state; committed when all is written."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    started = time.time()
     tmp_dir = out / f"partial_{step:06d}"
-    # gathered one after the other, on rank 0's CPU alone
+    # gathered one after the other, on rank 0's CPU alone; the optimizer's state has them in fp32
     weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = {key: weights.pop(key).to(ranks.compute) for key in list(weights)}
     on_main(ranks, partial(save, tmp_dir, weights, policy, chat.tokenizer))
     problem = checkpoint.save_optimizer(tmp_dir, policy, optimizer)
 
@@ -530,29 +550,21 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
         checkpoint.commit(tmp_dir, out / f"step_{step:06d}")
         checkpoint.prune(out, keep)
     on_main(ranks, finish)
+    log0(ranks, f"saved step_{step:06d} in {time.time() - started:.1f} s")
 
 # ---------------------------------------------------------------- the run
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
 
 
-def make_player(model: Transformer, role: str, stops: list[int], chat: ChatFormat, cfg: Config, step: int,
+def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, step: int,
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
-        uniform_NT = uniforms(cfg.seed, step, numbers, (ATTACKER, DEFENDER).index(role), cfg.max_new_tokens)
-        label = role * (ranks.rank == 0)
+        uniform_NT = uniforms(cfg.seed, step, numbers, int(role == DEFENDER), cfg.max_new_tokens)
+        stops, label = stop_ids(model, chat.tokenizer), role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
-
-
-def check_verdicts(cfg: Config, games: list[Game], step: int, ranks: Ranks) -> None:
-    """Stop if too many verdicts cannot be read."""
-    judged = [game for game in games if game.defender.reply.answer]
-    unreadable = sum(not game.verdict.readable for game in judged)
-    if unreadable > cfg.max_unreadable * len(judged):
-        stop_all(ranks, f"step {step}: {unreadable} of {len(judged)} verdicts cannot be read, more than "
-                        f"--max-unreadable {cfg.max_unreadable}; give a judge of that format.")
 
 
 def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: ChatFormat, first: int,
@@ -564,8 +576,6 @@ def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: C
     lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
-    if any(word in str(chat.tokenizer.chat_template) for word in ("date_string", "strftime_now")):
-        lines.append(f"  the chat template writes today's date: always {TODAY}, so that a run can resume")
     return "\n".join(lines)
 
 
@@ -582,11 +592,12 @@ def main(argv: list[str] | None = None) -> None:
     newest = checkpoint.newest_complete(out) if cfg.resume else None
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
-    chat, world, judge = open_game(cfg, origin, ranks)
-    model = load(origin) if origin != "toy" else None  # before anything is written: it may be damaged
-    context = model.hf_config.max_position_embeddings if model else 256  # that of toy.random_init
+    chat, world = open_chat(cfg, origin)
+    policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
+    context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
-    opponent = load(cfg.opponent, ranks.compute) if cfg.opponent else None
+    opponent = open_sharded(cfg.opponent, ranks.compute, ranks) if cfg.opponent else None
+    judge = judge_in_full(open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks)))
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
     if ranks.device.type == "cuda" and world != "toy":
@@ -596,24 +607,21 @@ def main(argv: list[str] | None = None) -> None:
     for folder in checkpoint.checkpoints(out):
         if checkpoint.step_number(folder) > first:
             log0(ranks, f"  {folder} is not complete: ignored, and made again")
-    on_main(ranks, partial(prepare, cfg, chat, world, summaries, model, newest))
-    policy = shard(model or load(str(out / "step_000000")), ranks)  # one full model on the CPU at a time
-    reference = shard(load(str(out / "step_000000"), ranks.compute), ranks).requires_grad_(False)
+    on_main(ranks, partial(prepare, cfg, chat, world, summaries, newest))
+    policy = policy or open_sharded(str(out / "step_000000"), torch.float32, ranks)
+    reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks).requires_grad_(False)
     policy.recompute = cfg.recompute
-    frozen = shard(opponent, ranks).requires_grad_(False) if opponent else reference
+    frozen = opponent or reference
     attacker_model = frozen if cfg.play == "defender" and cfg.opponent else policy
     defender_model = frozen if cfg.play == "attacker" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    judge = judge_on_demand(judge, ranks)
-    stops = stop_ids(policy, chat.tokenizer)
     skipped = 0                       # updates in a row
-    dead = 0 if first == 0 else None  # games in which nothing happened; None once something has
+    dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has
 
-    flag = checkpoint.catch_signals()
-    signals = []
+    caught, signals = checkpoint.catch_signals(), []
     for step in range(first, cfg.steps):
         started = time.time()
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
@@ -623,11 +631,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2. play: attack, answer, verdict
         with gathered(attacker_model), gathered(defender_model):  # in self-play twice the same: harmless
-            attacker = make_player(attacker_model, ATTACKER, stops, chat, cfg, step, ranks)
-            defender = make_player(defender_model, DEFENDER, stops, chat, cfg, step, ranks)
+            attacker = make_player(attacker_model, ATTACKER, chat, cfg, step, ranks)
+            defender = make_player(defender_model, DEFENDER, chat, cfg, step, ranks)
             games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge)
         games = gather_list(games, ranks)
-        check_verdicts(cfg, games, step + 1, ranks)
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
@@ -642,19 +649,10 @@ def main(argv: list[str] | None = None) -> None:
             old = rescore(policy, experiences, cfg, ranks)
             order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
         for n, part in enumerate(np.array_split(order, cfg.updates), step * cfg.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = step_size(cfg, n)
+            optimizer.param_groups[0]["lr"] = step_size(cfg, n)
             batch = [[values[i] for i in part] for values in (experiences, old, advantage)]
             sums += update(policy, optimizer, *batch, draw_pairs(pairs, cfg, n), cfg, ranks)
             skipped = skipped + 1 if "skipped" in sums[-1] else 0
-            if skipped:  # keep what it was to learn from, for whoever looks for the cause
-                rows = zip(*batch, strict=True)
-                turns = [asdict(e) | {"advantage": advantage_T.tolist()} for e, _, advantage_T in rows]
-                file = out / f"skipped_{step + 1:06d}_{n}.jsonl"
-                on_main(ranks, partial(checkpoint.append_rows, file, turns))
-        if skipped >= MAX_SKIPPED:
-            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or gradient that is not "
-                            f"finite. Their turns are in {out}/skipped_*.jsonl; lower --lr and --resume.")
 
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
@@ -671,13 +669,16 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
             shown = [game for game in games if game.attacker][:2] or games[:2]
             log0(ranks, "\n" + "\n\n".join(show_game(g, REWARDS[cfg.reward]) for g in shown) + "\n")
-        dead = dead + len(games) if warning and dead is not None else None
-        if dead and dead >= MAX_DEAD_GAMES:
+        if skipped >= MAX_SKIPPED:
+            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or gradient that is not "
+                            f"finite. Read the last games in {out}/games.jsonl; lower --lr and --resume.")
+        dead = dead + len(games) if warning else -math.inf
+        if dead >= MAX_DEAD_GAMES:
             stop_all(ranks, f"step {step + 1}: {warning} in the first {dead} games. Read {out}/games.jsonl, "
                             "then change --model or --judge, or try --no-cot.")
 
         # 6. save
-        signals = gather_list([flag.stop_requested] * bool(flag.stop_requested), ranks)  # any rank's will do
+        signals = gather_list(caught, ranks)  # any rank's will do
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or signals:
             save_checkpoint(out, step + 1, policy, optimizer, chat, cfg.keep, ranks)
         if signals:

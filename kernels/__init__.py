@@ -1,5 +1,5 @@
 """
-The few formulas that everything rests on, in PyTorch and in Triton; and how a CPU's threads behave.
+The few formulas that everything rests on, in PyTorch and in Triton; and what every command does first.
 
 A model of a few million parameters plays and learns on one thread: its matmuls are too short to share. Its
 SFT, in larger batches, and larger models use all threads. Those sleep while they wait for each other:
@@ -8,6 +8,8 @@ from the very thread that it waits for. A user's own OMP_NUM_THREADS and OMP_WAI
 """
 import os
 import sys
+from argparse import ArgumentParser
+from typing import NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, so this goes first
 
@@ -32,3 +34,24 @@ def set_threads(n_parameters: float) -> None:
 
 
 set_threads(0)
+
+
+# ---------------------------------------------------------------- how a command refuses
+
+def stop(sentence: str) -> NoReturn:
+    """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
+    print(" ".join(sentence.split("\n")), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class CommandLine(ArgumentParser):
+    """A parser that refuses a wrong argument with one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        stop(f"{self.prog}: {message}; python {self.prog} --help lists the arguments.")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse an argument that is not a number from `low` to `high`."""
+    if not isinstance(value, int | float) or not low <= value <= high:
+        stop(f"--{name.replace('_', '-')} {value}: must be a number from {low} to {high}.")

@@ -274,7 +274,7 @@ def test_a_format_of_judge_models_can_be_added(change, judge_stand_in):
 '''))
     stand_in = judge_stand_in
     save(project / "judge", stand_in.model.state_dict(), stand_in.model, stand_in.tokenizer)
-    train(project, "--judge", "mine:judge", "--max-unreadable", "1")
+    train(project, "--judge", "mine:judge")
     verdicts = [game["verdict"] for game in games(project / "it") if game["answer"]]
     labels = [verdict["prompt_harmful"] for verdict in verdicts if verdict["readable"]]
     print(f"\n    {len(labels)} of {len(verdicts)} verdicts are readable", end="")

@@ -105,7 +105,7 @@ def test_a_step_in_bf16_with_recomputation_trains_and_saves(judge, tokenizer, tm
         (tmp_path / f"{label}.jsonl").write_text(json.dumps({"prompt": f"how do i bake {label} bread"}))
     line = [sys.executable, ROOT / "train.py", "--model", "policy", "--judge", judge, "--seeds",
             "harmful=harmful.jsonl", "benign=benign.jsonl", "--no-cot", "--precision", "bf16", "--recompute",
-            "--games", "8", "--max-new-tokens", "16", "--steps", "2", "--max-unreadable", "1", "--no-exam",
+            "--games", "8", "--max-new-tokens", "16", "--steps", "2", "--no-exam",
             "--out", "run"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(list(map(str, line)), cwd=tmp_path, capture_output=True, text=True, env=environment)

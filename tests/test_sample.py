@@ -580,7 +580,7 @@ def test_every_filling_begins_with_the_prefix_of_its_template(instruction, speak
 @with_words_and_bytes
 def test_the_prefix_of_a_template_is_all_that_stands_before_its_text_but_a_token_or_two(speaker):
     template = chat_template(speaker, "the quick brown fox asks how to bake bread : {text}", "<think>")
-    before = s.template_part_ids(speaker, template)[0]
+    before = speaker(template.split(s.PLACEHOLDER)[0], add_special_tokens=False).input_ids
     prefix = template_prefix(speaker, template)
     assert prefix == before[:len(prefix)]
     assert len(before) - 2 <= len(prefix) <= len(before)

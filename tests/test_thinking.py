@@ -261,7 +261,7 @@ def test_a_template_that_needs_a_system_turn_is_refused_in_a_sentence(template, 
     with pytest.raises(SystemExit):
         open_tokenizer(str(tmp_path))
     sentence = capsys.readouterr().err.splitlines()[-1]
-    assert "needs a system's turn" in sentence or "not show a user's message" in sentence
+    assert "cannot be read" in sentence or "not show a user's message" in sentence
 
 
 def write_model(folder, tokenizer, vocab=None):
@@ -279,7 +279,7 @@ def test_a_template_with_tokens_that_the_model_does_not_embed_is_refused(tmp_pat
     write_model(tmp_path / "x", thinking_tokenizer("<think>"), len(tokenizer) - 3)
     with pytest.raises(SystemExit):
         open_tokenizer(str(tmp_path / "x"))
-    assert "its chat template has tokens that the model does not embed" in capsys.readouterr().err
+    assert "the model does not embed all tokens of its chat template" in capsys.readouterr().err
 
 
 DATED = [CHATML.replace("{% for", prefix + "{% for", 1) for prefix in (
@@ -292,12 +292,7 @@ DATED = [CHATML.replace("{% for", prefix + "{% for", 1) for prefix in (
 
 
 @pytest.mark.parametrize("template", DATED)
-def test_time_stands_still_in_a_template_that_asks_for_the_date(template, tmp_path, capsys):
+def test_time_stands_still_in_a_template_that_asks_for_the_date(template):
     tokenizer = byte_tokenizer(template)
     rendered = chat_template(tokenizer, "{text}", "")
     assert re.search(r"26 July? 2024|2024-07-26|July 2024|Friday", rendered)
-    write_model(tmp_path / "model", tokenizer)
-    train.main(["--model", str(tmp_path / "model"), "--judge", "keywords", "--seeds", *write_seeds(tmp_path),
-                "--steps", "1", "--games", "4", "--max-new-tokens", "4", "--no-exam", "--no-cot", "--out",
-                str(tmp_path / "run")])
-    assert "the chat template writes today's date: always 2024-07-26" in capsys.readouterr().out

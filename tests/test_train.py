@@ -23,21 +23,22 @@ from conftest import byte_tokenizer, measured
 from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics, run, succeeds,
                     weights)
 from model import Cache, load, new_model, save, score
-from sample import CACHE_SLOTS, open_tokenizer, sample, uniforms
+from sample import open_tokenizer, sample, uniforms
 from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn, pack
 from train import Config, Ranks, micro_batches, policy_loss, step_line, step_size
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "3", "--games", "8", "--sft-steps", "40", "--seed", "5", "--no-exam"]
+SMALL = ["--steps", "3", "--games", "8", "--seed", "5", "--no-exam"]   # and --model, see runs
 CPU = torch.device("cpu")
 ONE_PROCESS = Ranks(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sft_run):
-    """A folder with one short default run, "one". Later runs of the same seed share its SFT start."""
+    """A folder with one short default run, "one". All runs of this file begin with the model of "sft"."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(sft_run, folder / "sft")
+    SMALL.extend(["--model", folder / "sft" / "step_000000"])
     flags = [flag for flag in SMALL if flag != "--no-exam"]
     (folder / "printed").write_text(succeeds(*flags, "--out", folder / "one").stdout)
     return folder
@@ -400,7 +401,7 @@ def real_flags(real, judge="judge"):
 def judged(real):
     """A run of a real model with a judge model on one process."""
     out = real / "one"
-    done = succeeds(*real_flags(real), "--max-unreadable", "1", "--recompute", "--out", out)
+    done = succeeds(*real_flags(real), "--recompute", "--out", out)
     assert "6 prompts, 6 of them harmful, in 6 rows" in done.stdout
     return out
 
@@ -414,7 +415,7 @@ def test_a_judge_model_plays_along_and_its_unreadable_verdicts_are_counted(judge
 
 def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real, judged):
     two = real / "two"
-    succeeds(*real_flags(real), "--max-unreadable", "1", "--recompute", "--out", two, ranks=2)
+    succeeds(*real_flags(real), "--recompute", "--out", two, ranks=2)
     for game_of_one, game_of_two in zip(games(judged), games(two), strict=True):
         a, b = game_of_one["verdict"], game_of_two["verdict"]
         assert a | {"harm_probability": None} == b | {"harm_probability": None}
@@ -423,9 +424,9 @@ def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real,
 
 def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
     out = real / "unreadable"
-    done = run(*real_flags(real, judge="policy"), "--out", out)
+    done = run(*real_flags(real, judge="policy"), "--out", out, before=stop_early)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be read, more than --max-unreadable 0.2" in done.stderr
+    assert "no verdict could be read in the first 16 games" in done.stderr
     assert load(str(out)) is not None, "the start is intact"
 
 
@@ -452,7 +453,7 @@ def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_i
     most = min(raw, rewriting, attacked) if play == "self" else raw
     with pytest.raises(SystemExit):
         train.check_lengths(cfg, pools, chat, 512)
-    assert f"choose at most {most}." in capsys.readouterr().err
+    assert f"choose at most {most}, or drop" in capsys.readouterr().err
     train.check_lengths(dataclasses.replace(cfg, max_new_tokens=most), pools, chat, 512)
     with pytest.raises(SystemExit):
         train.check_lengths(dataclasses.replace(cfg, max_new_tokens=most + 1), pools, chat, 512)
@@ -464,7 +465,7 @@ def plan(config, folder, n_gpus=1, **settings):
     """The rows of `--plan`, in GiB, for a policy of this config. They are rounded to 0.1 GiB."""
     config.save_pretrained(folder)
     table = train.show_plan(Config(model=str(folder), judge="keywords", **settings), n_gpus)
-    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("|")]
     return {name: float(size) for name, size in cells}
 
 
@@ -486,9 +487,10 @@ def test_the_plan_counts_weights_moments_and_cache_as_they_are(tmp_path):
                         num_key_value_heads=8, num_hidden_layers=80, vocab_size=128256)
     with torch.device("meta"):
         policy = train.Transformer(large)
-    cache = Cache(policy.config, 1, CACHE_SLOTS, torch.bfloat16, torch.device("meta"))
+    # 16 games at a time, each with room for instructions, an attack and an answer
+    cache = Cache(policy.config, 16, 512 + 2 * 1000, torch.bfloat16, torch.device("meta"))
     billions = sum(p.numel() for p in policy.parameters()) / 2 ** 30
-    shown = plan(large, tmp_path)
+    shown = plan(large, tmp_path, games=16, max_new_tokens=1000)
     expected = {"weights and Adam moments, fp32": weights_and_moments / n_weights * billions,
                 "update: gradients, fp32": gradient / n_weights * billions,
                 "play: keys and values": cache.block_2LBKSE.nbytes / 2 ** 30}
@@ -610,7 +612,6 @@ MISTAKES = [   # arguments, words of the sentence
     ("--max-new-tokens 0", "from 1 to 2147483647"),
     ("--seed -1", "from 0 to 2147483647"),
     ("--kl inf", "from 0 to 1000000."),
-    ("--max-unreadable 2", "from 0 to 1"),
     ("--games 99999999999", "from 1 to 2147483647"),
     ("--seeds harmful={bad}/prompts.jsonl", "--seeds: who judges the answers?"),
     ("--games 6", "multiple of 4"),
