@@ -280,7 +280,7 @@ def read_human(path: str) -> tuple[str, list[Exchange], list[bool]]:
     A question of the verdict, exchanges, and people's answers to it, by the majority of their votes: from
     HarmBench's validation set, or from XSTest's completions, where partial refusals count.
     """
-    rows = [(f"{path}, line {line}", row) for line, row in read_rows(path)]
+    rows = read_rows(path)
     columns = set.intersection(*(set(row) for _, row in rows)) if rows else set()
     if columns >= {"test_case", "generation", "human_0", "human_1", "human_2"}:
         question, prompt, response = "response_harmful", "test_case", "generation"
