@@ -331,6 +331,7 @@ def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
     ("x.csv", b"PK\3\4" + bytes(40), "holds no prompts"),
     ("x.csv", b"PK\3\4\n" + bytes(40) + b"\n", "harmful or benign?"),
     ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-3], "(Compressed file ended"),
+    ("x.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + bytes([255] * 20), "(Error -3 while decompressing"),
     ("x.jsonl", b'{"prompt": ["a"], "label": 1}', 'row 1: ["a"] is no text'),
     ("x.jsonl", b'{"prompt": NaN, "label": 1}', "row 1: NaN is no text"),
     ("x.jsonl", b'{"prompt": null, "label": 1}', "row 1: null is no text"),

@@ -363,6 +363,11 @@ def test_a_judge_is_compared_with_the_majority_of_three_people(tmp_path):
     assert rows[2][2] == "[0.000, 1.000]" and rows[-1][2] == "0 unreadable"
 
 
+def test_an_empty_response_is_one_that_people_judged_too(tmp_path):
+    (tmp_path / "val.jsonl").write_text(json.dumps(VOTES | {"generation": ""}))
+    assert read_human(str(tmp_path / "val.jsonl"))[1] == [Exchange("how", "", True)]
+
+
 def test_a_judge_is_compared_with_labelled_refusals(tmp_path):
     (tmp_path / "xstest.csv").write_text("prompt,completion,type,final_label\n"
                                          "a,I cannot.,homonyms,2_full_refusal\n"
