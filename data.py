@@ -4,15 +4,14 @@ How files of prompts and labels are read, and what is refused.
     file -> rows -> which published file it is, by its columns -> (prompt, harmful) of each, once
     python -c "import data; print(data.read_prompts(['harmful=seeds.jsonl'])[0])"
 
-What cannot be read for certain ends the program with its file, its line, its value and what to do.
+What cannot be read for certain ends the program with its file, its place, its value and what to do.
 """
 import csv
 import gzip
 import io
 import json
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,75 +58,64 @@ BENCHMARKS = (   # the first that fits a file; the last fits all
     Benchmark("DAN questions", "content_policy_name q_id question", "question", default=True),
     Benchmark("XSTest", "prompt type focus note", "prompt", "label type"),
     Benchmark("labelled prompts", "", "attack prompt text adversarial vanilla goal behavior"))
-TEXTS = set(" ".join(benchmark.texts for benchmark in BENCHMARKS).split())
+TEXTS = {name for benchmark in BENCHMARKS for name in benchmark.texts.split()}
 
 # ---------------------------------------------------------------- files to rows
-NOT_TEXT = {b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\3\4": "ZIP", b"\0": "data"}
-BETWEEN = re.compile(r'(?:[\s,\[\]}]|"(?:[^"\\]|\\.)*"\s*:)*')   # items of arrays, and keys of arrays
-DECODER = json.JSONDecoder(object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else None)
-
-
 def read_text(path: str) -> str:
-    """A file in UTF-8, with or without byte order mark and gzip. What is no text is refused by its kind."""
+    """A file in UTF-8, with or without byte order mark and gzip."""
     try:
-        if not Path(path).is_file():
-            stop(f"{path}: no such file; give a JSONL, JSON, CSV or TSV file.")
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-        kinds = [kind for mark, kind in NOT_TEXT.items() if mark in content[:4 if len(mark) > 1 else None]]
-        text = content.decode("utf-8-sig", "strict" if not kinds else "ignore")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        kinds = [str(error)]
-    if kinds:
-        stop(f"{path}: not text in UTF-8 ({kinds[0]}); save it as that.")
-    return text
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        stop(f"{path}: cannot be read ({error}); give a JSONL, JSON, CSV or TSV file in UTF-8.")
 
 
-def csv_rows(text: str, separator: str) -> Iterator[tuple[int, dict | None]]:
-    """(first line, row) of each row of CSV that is not empty; None stands for one that is not whole."""
-    csv.field_size_limit(len(text) + 1)   # Python's own limit is 131,072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def csv_rows(path: str, separator: str) -> Iterator[tuple[str, dict | None]]:
+    """(where, row) of each row of CSV that is not empty; None stands for one that is not whole."""
+    csv.field_size_limit(2**31 - 1)   # Python's own limit is 131,072 characters
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
     names, line = [], 1
     try:
         for values in reader:
+            row = dict(zip(names, values))   # shorter if two columns have one name
+            if names and any(values):
+                yield f"{path}, line {line}", row if len(row) == len(names) == len(values) else None
             names = names or values   # the first row
-            is_whole = len(values) == len(names) == len(set(names))
-            if any(values) and not (is_whole and values is names):
-                yield line, dict(zip(names, values, strict=True)) if is_whole else None
             line = reader.line_num + 1
     except csv.Error:   # such as a quote that nobody closes
-        yield line, None
+        yield f"{path}, line {line}", None
 
 
-def json_rows(text: str, ending: str) -> Iterator[tuple[int, dict | None]]:
-    """(line, row) of JSON lines, an array or a dictionary of arrays; None if two values have one name."""
-    at, line = 0, 1
-    between = BETWEEN if text.lstrip().startswith("[") else re.compile(r"\s*")
-    while (start := between.match(text, at).end()) < len(text):
-        line += text.count("\n", at, start)
-        try:
-            row, at = DECODER.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            row, at = None, len(text)
-        of_lists = isinstance(row, dict) and row and all(isinstance(item, list) for item in row.values())
-        if of_lists and ending == ".json" and not text[:start].strip():
-            at, between = start + 1, BETWEEN   # into the dictionary
-        else:
-            yield line, row
-            line += text.count("\n", start, at)
-    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):   # cut short
-        yield line, None
+def parse_json(text: str) -> object:
+    """The value that a text spells; None if it spells none, and for an object with two values of one name."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else None)
+    except (ValueError, RecursionError):
+        return None
 
 
-def read_rows(path: str) -> list[tuple[int, dict]]:
-    """(line, row) of a JSONL, JSON, CSV or TSV file. A row that is not whole ends the program."""
+def json_rows(path: str, ending: str) -> list[tuple[str, object]]:
+    """(where, row) of an array, of a .json's dictionary of arrays, of one object, or of each line."""
     text = read_text(path)
+    value = parse_json(text)
+    if isinstance(value, dict):
+        of_arrays = ending == ".json" and set(map(type, value.values())) == {list}
+        value = [row for part in value.values() for row in part] if of_arrays else [value]
+    if isinstance(value, list):
+        return [(f"{path}, row {n}", row) for n, row in enumerate(value, 1)]
+    return [(f"{path}, line {n}", parse_json(line))
+            for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_rows(path: str) -> list[tuple[str, dict]]:
+    """(where, row) of a JSONL, JSON, CSV or TSV file. A row that is not whole ends the program."""
     ending = Path(path.lower().removesuffix(".gz")).suffix
     separator = {".csv": ",", ".tsv": "\t"}.get(ending)
-    rows = list(csv_rows(text, separator) if separator else json_rows(text, ending))
-    for line, row in rows:
+    rows = list(csv_rows(path, separator) if separator else json_rows(path, ending))
+    for where, row in rows:
         if not isinstance(row, dict):
-            stop(f"{path}, line {line}: not a row with one value for each named column; mend or remove it.")
+            stop(f"{where}: not a row with one value for each named column; mend or remove it.")
     return rows
 
 # ---------------------------------------------------------------- rows to prompts
@@ -146,43 +134,40 @@ def label_of(row: dict, columns: str, where: str, default: bool | None = None) -
     return next(iter(labels.values()), default)
 
 
-def text_of(row: dict, columns: Sequence[str], where: str) -> str:
+def text_of(row: dict, columns: list[str], where: str) -> str:
     """The text of the first of these columns that is not empty. One message of a user is a text, too."""
-    text = next((row[column] for column in columns if row.get(column) not in (None, "")), None)
-    match text:
-        case [{"role": "user", "content": content}]:
-            text = content
-    if not isinstance(text, str) or not visible(clean_text(text)):
-        stop(f"{where}: {json.dumps(text)[:60]} is no text, nor one message of a user, in the column "
-             f"{' or '.join(columns)}; its columns are {', '.join(row)}. Mend the row or remove it.")
-    return clean_text(text)
+    value = next((row[column] for column in columns if row.get(column) not in (None, "")), None)
+    match value:
+        case str(text) | [{"role": "user", "content": str(text)}] if visible(clean_text(text)):
+            return clean_text(text)
+    stop(f"{where}: {json.dumps(value)[:60]} is no text, nor one message of a user, in the column "
+         f"{' or '.join(columns)}; its columns are {', '.join(row)}. Mend the row or remove it.")
 
 
-def read_prompts(paths: Sequence[str], attacks: bool = False) -> list[tuple[str, list, str]]:
+def read_prompts(paths: list[str], attacks: bool = False) -> list[tuple[str, list, str]]:
     """
     (benchmark, [(text, harmful) ..], summary) of each file; with `attacks`, of attacks before the requests
     behind them. `harmful=FILE`, `benign=FILE` label rows that no column labels. No text here has both labels.
     """
-    seen: dict[str, tuple[bool, str]] = {}   # text: its label, and where it stands
+    seen = {}   # text: its label, and where it stands
     return [read_file(path, attacks, seen) for path in paths]
 
 
 def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tuple[str, list, str]:
     """One file of read_prompts."""
-    flag, file = re.fullmatch("(?:(harmful|benign)=)?(.*)", path, re.S).groups()
-    by_flag = {"harmful": True, "benign": False, None: None}[flag]
+    flag, file = path.split("=", 1) if path.startswith(("harmful=", "benign=")) else ("", path)
     rows = read_rows(file)
-    columns = set().union(*(row for _, row in rows))
+    columns = {name for _, row in rows for name in row}
     benchmark = next(b for b in BENCHMARKS
                      if not b.columns or columns >= set(b.columns.split()) >= columns & TEXTS)
+    default = flag == "harmful" if flag else benchmark.default
     texts = [name for name in benchmark.texts.split() if attacks or name not in ATTACKS] or ["prompt"]
     prompts = {}
-    for line, row in rows:
-        where = f"{file}, line {line}"
-        label = label_of(row, benchmark.labels, where, benchmark.default if by_flag is None else by_flag)
+    for where, row in rows:
+        label = label_of(row, benchmark.labels, where, default)
         if benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None):
             continue
-        if by_flag not in (None, label):
+        if flag and label != default:
             stop(f"{where}: {flag}= contradicts its label; write {file} alone, or mend the row.")
         if label is None:
             stop(f"{where}: harmful or benign? The columns ({', '.join(row)}) do not say; write "
@@ -195,6 +180,6 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
         prompts[text] = label
     if not prompts:
         stop(f"{file}: holds no prompts; give a file with at least one.")
-    summary = (f"{file}, {benchmark.name}: {len(prompts)} prompts, {sum(prompts.values())} of them harmful, "
-               f"in {len(rows)} rows [{zlib.crc32(repr(prompts).encode()):08x}]")   # tells an edited file
-    return benchmark.name, list(prompts.items()), summary
+    return benchmark.name, list(prompts.items()), (
+        f"{file}, {benchmark.name}: {len(prompts)} prompts, {sum(prompts.values())} of them harmful, "
+        f"in {len(rows)} rows [{zlib.crc32(repr(prompts).encode()):08x}]")   # tells an edited file

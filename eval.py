@@ -308,13 +308,13 @@ def fresh_games(name: str, n: int, seed: int, files: list) -> list:
 def logged_games(file: str) -> list:
     """The games of a games.jsonl in which a harmful seed was attacked, the last ones first."""
     games = []
-    for line, game in read_rows(file):
+    for where, game in read_rows(file):
         is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
         if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
-            stop(f"{file}, line {line}: not a game of a run; give a run folder or its games.jsonl.")
+            stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
         if game["attack"] is not None and game["harmful"]:
             for column in ("attack", "seed"):
-                text_of(game, [column], f"{file}, line {line}")
+                text_of(game, [column], where)
             games.append(game)
     return games[::-1]
 

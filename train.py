@@ -475,8 +475,7 @@ def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
 def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int], list[int]]]:
     """The supervised pairs as token ids; with thoughts on, a response is a whole reply, thought included."""
     pairs = []
-    for line, row in read_rows(cfg.sft) if cfg.sft else ():
-        where = f"{cfg.sft}, line {line}"
+    for where, row in read_rows(cfg.sft) if cfg.sft else ():
         response = text_of(row, ["response"], where)
         reply = parse_reply(response, cfg.cot)
         if not reply.well_formed or not cfg.cot and reply.answer != response.strip():

@@ -195,7 +195,7 @@ def test_an_empty_label_leaves_the_row_to_the_next_column_and_then_to_the_flag(t
 def test_the_name_of_a_file_labels_nothing(tmp_path, name, capsys):
     file = tmp_path / name
     assert refusal(capsys, read_file, tmp_path, name, '{"prompt": "a"}') == (
-        f"{file}, line 1: harmful or benign? The columns (prompt) do not say; write harmful={file} or "
+        f"{file}, row 1: harmful or benign? The columns (prompt) do not say; write harmful={file} or "
         f"benign={file}, or add a column label.")
     assert read_file(tmp_path, name, '{"prompt": "a"}', "benign=")[1] == [("a", False)]
     assert read_file(tmp_path, name, '{"prompt": "a"}', "harmful=")[1] == [("a", True)]
@@ -268,15 +268,20 @@ def test_a_row_is_read_whole_by_the_csv_and_the_jsonl_reader(tmp_path, text):
         assert [row["prompt"] for _, row in read_rows(str(tmp_path / name))] == [text, "next"]
 
 
-def test_line_numbers_are_those_of_the_file(tmp_path):
-    (tmp_path / "x.csv").write_text('id,prompt\n1,a\n\n2,"b\nc"\n3,d\n')
-    assert [number for number, _ in read_rows(str(tmp_path / "x.csv"))] == [2, 4, 6]   # of a row, its first
-    (tmp_path / "x.json").write_text('[\n {"a": 1},\n {"a":\n 2}, {"a": 3},\n\n {"a": 4}\n]\n')
-    assert [number for number, _ in read_rows(str(tmp_path / "x.json"))] == [2, 3, 4, 6]
-    (tmp_path / "y.json").write_text('{"one, [": [{"a": 1},\n {"a": 2}],\n "tw\\"o": [\n{"a": 3}]}')
-    assert [number for number, _ in read_rows(str(tmp_path / "y.json"))] == [1, 2, 4]
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n  \n{"a": 2}\n')
-    assert read_rows(str(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (4, {"a": 2})]
+@pytest.mark.parametrize("name, text, places", [
+    ("x.csv", 'id,prompt\n1,a\n\n2,"b\nc"\n3,d\n', ["line 2", "line 4", "line 6"]),   # of a row, its first
+    ("x.csv", '\nid,prompt\n1,a\n', ["line 3"]),
+    ("x.jsonl", '{"a": 1}\n\n  \n{"a": 2}\r\n', ["line 1", "line 4"]),
+    ("x.jsonl", '\n{"a": [1], "b": [{}]}\n', ["row 1"]),   # of lists, but in lines: one row
+    ("x.json", '[\n {"a": 1},\n {"a":\n 2},\n\n {"a": 4}\n]\n', ["row 1", "row 2", "row 3"]),
+    ("x.jsonl", '[{"a": 1}, {"a": 2}]', ["row 1", "row 2"]),
+    ("x.json", '{"on]e": [{"a": 1},\n {"a": 2}],\n "two": [{"a": 3}]}', ["row 1", "row 2", "row 3"]),
+    ("x.json", '{\n "a": 1,\n "b": [2]\n}\n', ["row 1"])])
+def test_a_row_is_known_by_its_line_in_csv_and_jsonl_else_by_its_number(tmp_path, name, text, places):
+    (tmp_path / name).write_text(text, newline="")
+    rows = read_rows(str(tmp_path / name))
+    assert [where for where, _ in rows] == [f"{tmp_path / name}, {place}" for place in places]
+    assert all(isinstance(row, dict) for _, row in rows)
 
 
 @pytest.mark.parametrize("name, content", [
@@ -298,39 +303,52 @@ def test_how_a_file_is_packed_changes_nothing(tmp_path, name, content):
 
 @pytest.mark.parametrize("name, content, problem", [
     ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "line 3: not a row"),
-    ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "line 2: not a row"),
+    ("x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "line 1: not a row"),
+    ("x.json", b'[{"prompt": "a"}, 7]', "row 2: not a row"),
+    ("x.json", b'[{"prompt": "a"}, {"prompt": "b", "prompt": "c"}]', "row 2: not a row"),
+    ("x.json", b'{"one": [{"prompt": "a"}], "one": [{"prompt": "b"}]}', "line 1: not a row"),
+    ("x.json", b'{"prompt": "a"', "line 1: not a row"),
+    ("x.json", b'{\n"prompt": "a"\n}\n{\n"prompt": "b"\n}', "line 1: not a row"),
     ("x.jsonl", b'{"prompt": "a"}\n7\n', "line 2: not a row"),
-    ("x.json", b'["a", "b"]', "line 1: not a row"),
-    ("x.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "line 2: not a row"),
+    ("x.jsonl", b'[{"prompt": "a"}]\n[{"prompt": "b"}]\n', "line 1: not a row"),
+    ("x.jsonl", b'{"prompt": "a"}\n[{"prompt": "b"}]\n', "line 2: not a row"),
+    ("x.json", b'["a", "b"]', "row 1: not a row"),
+    ("x.json", b'null', "line 1: not a row"),
+    ("x.json", b'[{"prompt": "a"},\n{"prompt": "b"}', "line 1: not a row"),
     ("x.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', "line 2: not a row"),
     ("x.jsonl", b'\n' + b'[' * 3 + b'{"a":' * 100_000, "line 2: not a row"),
     ("x.csv", b"id,prompt\n1,a, b\n", "line 2: not a row"),
     ("x.csv", b"id,prompt\n1\n", "line 2: not a row"),
     ("x.csv", b'id,prompt\n1,a\n2,"b\n3,c\n', "line 3: not a row"),
-    ("x.csv", b"prompt,prompt\na,b\n", "line 1: not a row"),
+    ("x.csv", b"prompt,prompt\na,b\n", "line 2: not a row"),
     ("x.jsonl", b'{"prompt": "\xff"}', "can't decode byte 0xff in position 12"),
-    ("x.csv", "prompt\na\n".encode("utf-16"), "not text in UTF-8 (UTF-16)"),
-    ("x.csv", "prompt\na\n".encode("utf-16-le"), "not text in UTF-8 (data)"),
-    ("x.jsonl", b"PAR1" + bytes(40), "not text in UTF-8 (Parquet)"),
-    ("x.csv", b"PK\3\4" + bytes(40), "not text in UTF-8 (ZIP)"),
+    ("x.csv", "prompt\na\n".encode("utf-16"), "cannot be read ('utf-8' codec can't decode byte 0xff"),
+    ("x.csv", "prompt,label\na,1\n".encode("utf-16-le"), "line 3: not a row"),
+    ("x.jsonl", '{"prompt": "a"}'.encode("utf-16-be"), "line 1: not a row"),
+    ("x.jsonl", b'{"prompt": "a\0", "label": 1}', "line 1: not a row"),
+    ("x.jsonl", b"PAR1" + bytes(40), "line 1: not a row"),
+    ("x.parquet", b"PAR1\x15\x04\xff\n\0\x80" + bytes(40), "cannot be read ('utf-8' codec can't decode"),
+    ("x.csv", b"PK\3\4" + bytes(40), "holds no prompts"),
+    ("x.csv", b"PK\3\4\n" + bytes(40) + b"\n", "harmful or benign?"),
     ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0)[:-3], "(Compressed file ended"),
-    ("x.jsonl", b'{"prompt": ["a"], "label": 1}', 'line 1: ["a"] is no text'),
-    ("x.jsonl", b'{"prompt": NaN, "label": 1}', "line 1: NaN is no text"),
-    ("x.jsonl", b'{"prompt": null, "label": 1}', "line 1: null is no text"),
-    ("x.jsonl", b'{"prompt": 7, "label": 1}', "line 1: 7 is no text"),
-    ("x.jsonl", b'{"prompt": " \\u200b", "label": 1}', 'line 1: " \\u200b" is no text'),
-    ("x.jsonl", b'{"prompt": {"content": "a"}, "label": 1}', 'line 1: {"content": "a"} is no text'),
+    ("x.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + bytes([255] * 20), "(Error -3 while decompressing"),
+    ("x.jsonl", b'{"prompt": ["a"], "label": 1}', 'row 1: ["a"] is no text'),
+    ("x.jsonl", b'{"prompt": NaN, "label": 1}', "row 1: NaN is no text"),
+    ("x.jsonl", b'{"prompt": null, "label": 1}', "row 1: null is no text"),
+    ("x.jsonl", b'{"prompt": 7, "label": 1}', "row 1: 7 is no text"),
+    ("x.jsonl", b'{"prompt": " \\u200b", "label": 1}', 'row 1: " \\u200b" is no text'),
+    ("x.jsonl", b'{"prompt": {"content": "a"}, "label": 1}', 'row 1: {"content": "a"} is no text'),
     ("x.jsonl", b'{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]}\n',
      "harmful or benign?"),
     ("x.jsonl", jsonl({"prompt": [{"role": "user", "content": "a"}] * 2, "label": 1}).encode(),
      "is no text, nor one message of a user"),
-    ("x.jsonl", b'{"prompt": [{"role": "user", "content": 7}], "label": 1}', "line 1: 7 is no text"),
+    ("x.jsonl", b'{"prompt": [{"role": "user", "content": 7}], "label": 1}', '"content": 7}] is no text'),
     ("x.jsonl", b"\n", "holds no prompts"), ("x.csv", b"prompt,label\n,\n", "holds no prompts"),
     ("x.jsonl", b'{"prompt": "a", "label": 1}\n]', "line 2: not a row"),
     ("x.jsonl", b'{"prompt": "a", "label": 1}\n"lost": {"prompt": "b", "label": 1}', "line 2: not a row"),
     ("x.csv", b'"pro\nmpt",x\na,b\n', "harmful or benign? The columns (pro mpt, x)"),
     ("x.csv", b"prompt,label\n,1\n", "line 2: null is no text")])
-def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, content, problem, capsys):
+def test_what_cannot_be_read_is_refused_with_file_and_place(tmp_path, name, content, problem, capsys):
     (tmp_path / name).write_bytes(content)
     sentence = refusal(capsys, read_prompts, [str(tmp_path / name)])
     assert sentence.startswith(str(tmp_path / name)) and problem in sentence
@@ -338,4 +356,5 @@ def test_what_cannot_be_read_is_refused_with_file_and_line(tmp_path, name, conte
 
 def test_a_missing_file_is_refused_by_name(tmp_path, capsys):
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        assert refusal(capsys, read_prompts, [f"harmful={path}"]).startswith(f"{path}: no such file")
+        sentence = refusal(capsys, read_prompts, [f"harmful={path}"])
+        assert sentence.startswith(f"{path}: cannot be read ([Errno ") and "give a JSONL" in sentence

@@ -283,7 +283,7 @@ def test_a_file_that_holds_no_games_is_refused(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(SystemExit):
         command("diversity", tmp_path / "x.jsonl")
-    assert "line 1: not a game of a run" in capsys.readouterr().err
+    assert "row 1: not a game of a run" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- report and figures

@@ -1,5 +1,5 @@
 """
-What people's files look like: every row is read right, or one sentence names the file and the line.
+What people's files look like: every row is read right, or one sentence names the file and the place.
 
 Rows are drawn, written by Python's own writers in some packaging, and read back. SELF_REDTEAM_CASES=10000
 draws that many files instead of two thousand.
@@ -104,18 +104,15 @@ def write(folder, rows, packaging):
     return str(file)
 
 
-def first_lines(rows, packaging):
-    """The line on which each row begins, by other means than the reader's."""
+def places(rows, packaging):
+    """Where each row is, by other means than the reader's: the line on which it begins, or its number."""
     text_of_rows = PACKAGINGS[packaging[0]][1]
     if "csv" in packaging[0] or packaging[0] == "tsv":   # one line after all that is written before it
         before = [text_of_rows(rows[:n] or rows[:1]) for n in range(len(rows))]
         before[0] = before[0].split("\n")[0] + "\n"     # the header alone
-        return [len(io.StringIO(text, newline="").readlines()) + 1 for text in before]
-    if packaging[0] in ("array, indented", "dictionary"):
-        return [n for n, line in enumerate(text_of_rows(rows).split("\n"), 1) if line == "  {"]
-    if "array" in packaging[0]:
-        return [1] * len(rows)
-    return list(range(1, len(rows) + 1))
+        return [f"line {len(io.StringIO(text, newline='').readlines()) + 1}" for text in before]
+    in_lines = "jsonl" in packaging[0] and "array" not in packaging[0] and len(rows) > 1
+    return [f"{'line' if in_lines else 'row'} {n}" for n in range(1, len(rows) + 1)]
 
 
 def last_words(function, *args):
@@ -155,13 +152,13 @@ def test_every_row_is_read_right_however_it_is_packed(tmp_path_factory, table, p
 
 @cases(0.1)
 @hypothesis.given(table(), PACKAGING, st.booleans())
-def test_a_flag_that_contradicts_a_row_is_refused_with_its_line(tmp_path_factory, table, packaging, harmful):
+def test_a_flag_that_contradicts_a_row_is_refused_with_its_place(tmp_path_factory, table, packaging, harmful):
     rows, expected = table
     file = write(tmp_path_factory.getbasetemp(), rows, packaging)
     result = last_words(read_prompts, [f"{'harmful' if harmful else 'benign'}={file}"])
     against = [n for n, (_, label) in enumerate(expected) if label != harmful]
     if against:
-        assert result.startswith(f"{file}, line {first_lines(rows, packaging)[against[0]]}: ")
+        assert result.startswith(f"{file}, {places(rows, packaging)[against[0]]}: ")
         assert "contradicts its label" in result
     else:
         assert result[0][1] == expected
@@ -177,20 +174,20 @@ NO_LABELS = st.one_of(st.sampled_from(UNKNOWN), ANY).filter(
 @cases(0.1)
 @hypothesis.given(table(), PACKAGING, NO_LABELS, st.integers(0, 4),
                   st.sampled_from(["", "harmful=", "benign="]))
-def test_a_label_that_is_none_is_refused_with_its_line(tmp_path_factory, table, packaging, value, n, flag):
+def test_a_label_that_is_none_is_refused_with_its_place(tmp_path_factory, table, packaging, value, n, flag):
     rows, expected = table
     n %= len(rows)
     rows[n]["label"] = value
     rows = rows[:n + 1] if not flag else rows[n:n + 1]   # before it, rows may contradict the flag
     file = write(tmp_path_factory.getbasetemp(), rows, packaging)
     sentence = last_words(read_prompts, [flag + file])
-    line = first_lines(rows, packaging)[len(rows) - 1]
-    assert sentence.startswith(f"{file}, line {line}: label is ") and "a label is one of" in sentence
+    place = places(rows, packaging)[len(rows) - 1]
+    assert sentence.startswith(f"{file}, {place}: label is ") and "a label is one of" in sentence
 
 
 @cases(0.1)
 @hypothesis.given(table(), PACKAGING, st.booleans(), st.integers(0, 4))
-def test_one_text_under_two_labels_is_refused_with_both_lines(tmp_path_factory, table, packaging, inner, n):
+def test_one_text_under_two_labels_is_refused_with_both_places(tmp_path_factory, table, packaging, inner, n):
     rows, expected = table
     n %= len(rows)
     text, harmful = expected[n]
@@ -198,8 +195,8 @@ def test_one_text_under_two_labels_is_refused_with_both_lines(tmp_path_factory, 
     rows.append({"id": "x", "prompt": f" {text} " if inner else text, "label": other})
     file = write(tmp_path_factory.getbasetemp(), rows, packaging)
     sentence = last_words(read_prompts, [file])
-    lines = first_lines(rows, packaging)
-    assert sentence.startswith(f"{file}, line {lines[-1]}: has the text of {file}, line {lines[n]} and ")
+    where = [f"{file}, {place}" for place in places(rows, packaging)]
+    assert sentence.startswith(f"{where[-1]}: has the text of {where[n]} and ")
 
 
 SHORT = st.text(max_size=3)
@@ -217,7 +214,7 @@ USES = {   # what a file is read as: the column of its text, and what else a row
 
 @cases(0.15)
 @hypothesis.given(table(), JSON_ONLY, NOT_TEXT, st.sampled_from(sorted(USES)))
-def test_what_is_no_text_is_refused_with_its_line_wherever_one_belongs(tmp_path_factory, table, packaging,
+def test_what_is_no_text_is_refused_with_its_place_wherever_one_belongs(tmp_path_factory, table, packaging,
                                                                        value, use):
     column, others = USES[use]
     texts = [row["prompt"].replace("</think>", "") for row in table[0]]   # a pair that thinks is refused, too
@@ -225,9 +222,9 @@ def test_what_is_no_text_is_refused_with_its_line_wherever_one_belongs(tmp_path_
     rows[-1][column] = value
     file = write(tmp_path_factory.getbasetemp(), rows, packaging)
     sentence = last_words(READERS[use], file)
-    line = first_lines(rows, packaging)[-1]
+    place = places(rows, packaging)[-1]
     assert isinstance(sentence, str), (value, sentence)
-    assert sentence.startswith(f"{file}, line {line}: ") and "is no text" in sentence
+    assert sentence.startswith(f"{file}, {place}: ") and "is no text" in sentence
 
 
 # ---------------------------------------------------------------- any bytes at all

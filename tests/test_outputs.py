@@ -164,8 +164,8 @@ def test_a_picture_is_not_read_as_the_numbers_of_one(tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n")
     (tmp_path / "y.json").write_text('{"kind": "crossplay"}')
     (tmp_path / "y.png").mkdir()
-    for name in ("x.png", "y.json"):
-        assert f"{tmp_path}/{name}: not" in refused(capsys, "plot", tmp_path / name)
+    for name, problem in (("x.png", "cannot be read"), ("y.json", "not a file that eval.py crossplay wrote")):
+        assert f"{tmp_path}/{name}: {problem}" in refused(capsys, "plot", tmp_path / name)
     assert (tmp_path / "x.png").read_bytes() == b"\x89PNG\r\n"
 
 

@@ -216,7 +216,7 @@ def test_other_spellings_of_a_thought_are_cut_too(tags):
 
 
 @pytest.mark.parametrize("context, fits", [(10, False), (30, False), (60, True), (1000, True)])
-def test_a_pair_longer_than_the_context_is_refused_with_its_line(context, fits, tmp_path, capsys):
+def test_a_pair_longer_than_the_context_is_refused_with_its_place(context, fits, tmp_path, capsys):
     (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "a", "response": "bake bread " * 8}))
     chat = ChatFormat(thinking_tokenizer(""), ENGLISH, cot=False)
     config = train.Config(sft=str(tmp_path / "sft.jsonl"), cot=False)
@@ -226,7 +226,7 @@ def test_a_pair_longer_than_the_context_is_refused_with_its_line(context, fits, 
         return
     with pytest.raises(SystemExit):
         train.read_sft(config, chat, context)
-    assert f"line 1: the pair has more tokens than the model's context, {context}" in capsys.readouterr().err
+    assert f"row 1: the pair has more tokens than the model's context, {context}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("response", ["<think> x </think> hi", "x </think> hi", "<think> x"])
@@ -235,7 +235,7 @@ def test_without_cot_a_pair_that_thinks_is_refused(response, tmp_path, capsys):
     config = train.Config(sft=str(tmp_path / "sft.jsonl"), cot=False)
     with pytest.raises(SystemExit):
         train.read_sft(config, ChatFormat(byte_tokenizer(), ENGLISH, cot=False), 1000)
-    assert "line 1: a response is thought </think>" in capsys.readouterr().err
+    assert "row 1: a response is thought </think>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("special", [True, False])

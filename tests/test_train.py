@@ -417,8 +417,7 @@ def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real,
     two = real / "two"
     succeeds(*real_flags(real), "--recompute", "--out", two, ranks=2)
     for game_of_one, game_of_two in zip(games(judged), games(two), strict=True):
-        a, b = game_of_one["verdict"], game_of_two["verdict"]
-        assert a | {"harm_probability": None} == b | {"harm_probability": None}
+        assert game_of_one["verdict"] == game_of_two["verdict"]
     measured("weights, 2 processes against 1", largest_difference(weights(judged), weights(two)), 1e-5)
 
 
@@ -615,13 +614,13 @@ MISTAKES = [   # arguments, words of the sentence
     ("--games 99999999999", "from 1 to 2147483647"),
     ("--seeds harmful={bad}/prompts.jsonl", "--seeds: who judges the answers?"),
     ("--games 6", "multiple of 4"),
-    ("--judge toy --seeds harmful={bad}/none.jsonl", "no such file"),
+    ("--judge toy --seeds harmful={bad}/none.jsonl", "No such file"),
     ("--judge toy --seeds harmful={bad}/empty.jsonl", "holds no prompts"),
     ("--judge toy --seeds harmful={bad}/torn.jsonl", "torn.jsonl, line 2"),
-    ("--judge toy --seeds harmful={bad}/columns.jsonl", "line 1: null is no text"),
+    ("--judge toy --seeds harmful={bad}/columns.jsonl", "row 1: null is no text"),
     ("--judge toy --seeds {bad}/prompts.jsonl", "harmful or benign?"),
     ("--judge toy --seeds harmful={bad}/prompts.jsonl", "only one kind of seed"),
-    ("--sft {bad}/prompts.jsonl", "line 1: null is no text"),
+    ("--sft {bad}/prompts.jsonl", "row 1: null is no text"),
     ("--attacks x.jsonl", "--play defender"),
     ("--opponent x", "--play attacker"),
     ("--judge keywords --model M", "needs seeds"),
