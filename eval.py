@@ -5,7 +5,7 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py bench MODEL ... --judge keywords --prompts FILE ...     # real models on files of prompts
     python eval.py diversity RUN ...    # how different a run's attacks are, and those of them that succeed
     python eval.py crossplay RUN ...    # every attacker against every defender, and the equilibrium: arena.py
-    python eval.py exploit RUN ...      # what best responses gain, trained against a frozen model: arena.py
+    python eval.py exploit RUN RESPONSE ...     # what runs gain that were trained against RUN: arena.py
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
     python eval.py plot RUN|FILE ...    # curves of runs, or the heat map of a file that crossplay wrote
 
@@ -32,7 +32,7 @@ from checkpoint import append_rows
 from data import read_prompts, read_rows, read_text, text_of
 from judge import Verdict, check_judge
 from model import CommandLine, check_number, stop
-from selfplay import ATTACKER, DEFENDER, Seed, game_record, mean, play
+from selfplay import Seed, game_record, mean, play
 
 EXAM = [(text, harmful) for text, harmful, _ in toy.exam()]   # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
@@ -490,12 +490,6 @@ FLAGS = {   # default, whose type is the flag's, meaning, and choices; a number 
     "n": (384, "attacks, or games of a pair of players"),
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
-    "side": ([ATTACKER], "the side that responds", ATTACKER, DEFENDER),
-    "from": (["start", "own"], "where responses begin", "start", "own"),
-    "seeds": ([0, 1], "a response each"),
-    "steps": (60, "of a response's training"),
-    "games": (0, "a step of it; 0: as many as the run"),
-    "lr": (0.0, "of a response; 0: the run's"),
     "curves": (list(CURVES), "panels", *CURVES),
     "out": ("", "file for the numbers, or for the figure of the runs")}
 COMMANDS = {   # name: its function, what it does, and its flags; a default after = replaces that in FLAGS
@@ -505,8 +499,8 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
                   "n=192 seed prompts embedder json"),
     "crossplay": (main_crossplay, "every attacker against every defender",
                   "n prompts out=runs/crossplay.json"),
-    "exploit": (main_exploit, "train best responses to frozen models: what do they gain?",
-                "side from seeds steps games lr n prompts out=runs/exploit.json"),
+    "exploit": (main_exploit, "what runs trained against the first model gain, and fixed tactics",
+                "n prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
     "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
 
@@ -519,9 +513,8 @@ def check_args(args: Namespace) -> None:
     """Refuse numbers out of range, and outputs that must not be written, before any work."""
     for name, value in vars(args).items():
         default = FLAGS.get(name.replace("_", "-"), [""])[0]
-        numbers = value if name == "seeds" else [value] * isinstance(default, int | float)
-        for number in numbers:
-            check_number(name, number, 0 if default in (0, [0, 1]) else 1, 10 ** 9)
+        if isinstance(default, int):
+            check_number(name, value, 0 if default == 0 else 1, 10 ** 9)
     inputs = [*args.models, *vars(args).get("prompts", [])]
     taken = {Path(path.removeprefix("harmful=").removeprefix("benign=")).resolve() for path in inputs}
     for name in OUTPUTS:
