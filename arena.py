@@ -313,7 +313,7 @@ def crossplay(args: Namespace) -> dict:
     print(f"equilibrium: the attacker earns {game['value']:.3f}, gap {game['gap']:.1e}; weights in order:")
     for side in (ATTACKER, DEFENDER):
         print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
-    return {"kind": "crossplay", "seeds": matchup.name, "cells": cells, "equilibrium": game}
+    return {"seeds": matchup.name, "cells": cells, "equilibrium": game}
 
 
 # ---------------------------------------------------------------- best responses
