@@ -2,29 +2,28 @@
 Any attacker against any defender: cross-play with its equilibrium, and best responses.
 
     crossplay   every attacker against every defender -> payoff_AD -> regret matching -> mixture of each side
-    exploit     a frozen model -> train.py trains opponents against it -> the gain of the strongest
+    exploit     a frozen model against runs that were trained against it -> the gain of the strongest
 
 A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
 any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
 that it is not, so `exploit` lists the opponents that it tried. Payoffs are those of the run's own table.
 Both players sample at temperature 1, as in training.
-Run: python eval.py crossplay RUN RUN ... or python eval.py exploit RUN ...
+Run: python eval.py crossplay RUN RUN ..., or
+
+    python train.py --play attacker --opponent RUN --kl 0 --out RESPONSE
+    python eval.py exploit RUN RESPONSE ...
 """
 import hashlib
 import math
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import toy
 from data import read_prompts
@@ -311,74 +310,20 @@ def crossplay(args: Namespace) -> dict:
     print(f"equilibrium: the attacker earns {game['value']:.3f}, gap {game['gap']:.1e}; weights in order:")
     for side in (ATTACKER, DEFENDER):
         print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
-    return {"kind": "crossplay", "seeds": matchup.name, "cells": cells, "equilibrium": game}
+    return {"seeds": matchup.name, "cells": cells, "equilibrium": game}
 
 
-# ---------------------------------------------------------------- best responses: training
+# ---------------------------------------------------------------- best responses
 
-# A run's settings that its best responses do not share.
-NOT_COPIED = ("attacks", "sft", "sft_steps", "resume", "plan", "save_every", "world", "prompts", "files")
+def side_of(response: str, model: str) -> str:
+    """The side of a response: a run of train.py whose frozen opponent had the model's weights."""
+    config = need_config(response)
+    side, opponent = config["play"], config.get("opponent")
+    if side == "self" or not opponent or weights_hash(opponent) != weights_hash(model):
+        stop(f"{response}: train.py --play {side} trained it against {opponent or 'no frozen model'}, "
+             f"not against {model}; give runs of --play attacker or defender with --opponent {model}.")
+    return side
 
-
-@dataclass(frozen=True)
-class BestResponse:
-    """A policy trained against a frozen model: its side, where it begins, its folder, train.py's settings."""
-    side: str
-    origin: str
-    folder: Path
-    config: dict
-
-
-def best_responses(name: str, args: Namespace) -> list[BestResponse]:
-    """The best responses that the command line asks for. They train as the run did, without the KL term."""
-    config = need_config(name)
-    own = str(find_checkpoint(name))
-    origins = {own: "own", start_of(name): "start"}   # one and the same, "start", if the model is the start
-    shared = {key: value for key, value in config.items() if key not in NOT_COPIED}
-    shared |= {"opponent": own, "steps": args.steps, "games": args.games or config["games"],
-               "lr": args.lr or config["lr"], "kl": 0.0, "exam": False}
-    responses = []
-    for side, (model, origin), seed in product(args.side, origins.items(), args.seeds):
-        if origin in vars(args)["from"]:
-            settings = shared | {"play": side, "model": model, "seed": seed}
-            # Other settings or weights are another folder: no response is mistaken for another.
-            key = hashlib.sha256(f"{settings} {weights_hash(name)}".encode()).hexdigest()[:8]
-            label = f"{short(name)}-{side}-{origin}-{seed}-{key}".replace("/", "-")
-            folder = Path(args.out).with_suffix("") / label
-            responses.append(BestResponse(side, origin, folder, settings | {"out": str(folder)}))
-    if not responses:
-        stop(f"{name}: is where its run started; add --from start.")
-    return responses
-
-
-def flags_of(config: dict) -> list[str]:
-    """Settings as train.py's command line."""
-    flags = []
-    for name, value in config.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value not in ("", []):
-            flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def train_response(response: BestResponse) -> None:
-    """Train it by train.py in a process of its own. A finished one is kept, an interrupted one goes on."""
-    folder = response.folder
-    if (folder / f"step_{response.config['steps']:06d}").is_dir():
-        return
-    command = [sys.executable, str(Path(__file__).parent / "train.py"), *flags_of(response.config)]
-    if (folder / "latest").is_file():
-        command.append("--resume")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "a", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=log)
-    if done.returncode:
-        stop(f"{folder}: training this response failed; {folder}.log says why.")
-
-
-# ---------------------------------------------------------------- best responses: measuring
 
 def fixed_attacks(seeds: list[Seed], tactics: dict) -> list[Reply]:
     """Attacks that always use the same tactics, one set on harmful and one on benign requests."""
@@ -397,27 +342,27 @@ def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
     return {kind: toy.SETS[paid_SN[:, harmful_N == kind].mean(1).argmax()] for kind in (True, False)}
 
 
-def measure(model: EvalModel, responses: list[BestResponse], matchup: Matchup, tactics: dict) -> list[dict]:
+def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> list[dict]:
     """
-    The outcome of fresh games between a model and every response, with that of its own games beside it. One
-    more attacker always uses `tactics`, if there are any. A gain is measured seed by seed.
+    The outcome of fresh games between a model and every response (name: side), with that of its own games
+    beside it. One more attacker always uses `tactics`, if there are any. A gain is measured seed by seed, and
+    is a lower bound of eps.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
     played = {}
-    for response in responses:
-        players = {ATTACKER: model, DEFENDER: model, response.side: open_eval_model(str(response.folder))}
+    for name, side in sides.items():
+        players = {ATTACKER: model, DEFENDER: model, side: open_eval_model(name)}
         attacks = attacks_of(players[ATTACKER], matchup)
-        title = f"{response.origin}, seed {response.config['seed']}"
-        played[response.side, title] = games_of(players[DEFENDER], matchup, attacks)
+        played[side, name] = games_of(players[DEFENDER], matchup, attacks)
     if tactics:
         names = f"{'+'.join(sorted(tactics[True]))} / {'+'.join(sorted(tactics[False]))}"
         title = f"the best of {len(toy.SETS)} fixed tactics, {names}"
         played[ATTACKER, title] = games_of(model, matchup, fixed_attacks(matchup.seeds, tactics))
     result = outcome(own, matchup.reward)
     entries = []
-    for (side, title), games in played.items():
+    for (side, name), games in played.items():
         gain = difference(earned(games, matchup.reward, side), earned(own, matchup.reward, side))
-        entry = {"side": side, "from": title, "own_asr": result["asr"], "own_payoff": result["payoff"]}
+        entry = {"side": side, "response": name, "own_asr": result["asr"], "own_payoff": result["payoff"]}
         entries.append(entry | outcome(games, matchup.reward) | {"gain": gain})
     return entries
 
@@ -434,24 +379,22 @@ def strongest(reported: list[dict], others: list[dict]) -> dict:
 
 
 def exploit(args: Namespace) -> dict:
-    """Train best responses to every model, measure them, and print the strongest. Returns all results."""
-    wanted = {name: best_responses(name, args) for name in args.models}
-    responses = sum(wanted.values(), [])
-    for response in tqdm(responses, desc="best responses trained", leave=False):
-        train_response(response)
-    models, columns = {}, {}   # by name, and by title
-    for name, responses in wanted.items():
-        model = open_eval_model(name)
-        meetings = matchups(name, args.n, args.prompts)
-        in_toy = all(toy.request(seed.text) for seed in meetings[-1].seeds)
-        tactics = best_tactics(model, meetings[-1]) if in_toy and ATTACKER in args.side else {}
-        results = [measure(model, responses, matchup, tactics) for matchup in meetings]
-        tried = [f"{entry['side']} from {entry['from']}" for entry in results[0]]
-        print(f"{name} met its own opponent and {len(tried)} others: {'; '.join(tried)}\n")
-        # Chosen on the last matchup and reported on the first: no number is chosen for being large.
-        for side, entry in strongest(results[0], results[-1]).items():
-            columns[f"{name}: {side} from {entry['from']}"] = entry
-        models[name] = results[0]
-    title = f"{meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
+    """Play the first model against responses and fixed tactics. Prints the strongest, returns all results."""
+    name, *responses = args.models
+    sides = {response: side_of(response, name) for response in responses}
+    meetings = matchups(name, args.n, args.prompts)
+    in_toy = all(toy.request(seed.text) for seed in meetings[-1].seeds)
+    if not responses and not in_toy:
+        stop(f"{name}: there is nothing to try; give runs of train.py --play attacker --opponent {name}.")
+    model = open_eval_model(name)
+    tactics = best_tactics(model, meetings[-1]) if in_toy else {}
+    results = [measure(model, sides, matchup, tactics) for matchup in meetings]
+    tried = [f"{entry['side']} {entry['response']}" for entry in results[0]]
+    print(f"{name} met its own opponent and {len(tried)} others: {'; '.join(tried)}\n")
+    # Chosen on the last matchup and reported on the first: in the embedded world, which has two, no number is
+    # chosen for being large.
+    entries = strongest(results[0], results[-1])
+    columns = {f"{side}: {entry['response']}": entry for side, entry in entries.items()}
+    title = f"{name}; {meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
     print(markdown(title, columns, EXPLOIT), flush=True)
-    return {"n": args.n, "models": models}
+    return {"model": name, "n": args.n, "responses": results[0]}

@@ -5,12 +5,13 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py bench MODEL ... --judge keywords --prompts FILE ...     # real models on files of prompts
     python eval.py diversity RUN ...    # how different a run's attacks are, and those of them that succeed
     python eval.py crossplay RUN ...    # every attacker against every defender, and the equilibrium: arena.py
-    python eval.py exploit RUN ...      # what best responses gain, trained against a frozen model: arena.py
+    python eval.py exploit RUN RESPONSE ...     # what runs gain that were trained against RUN: arena.py
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
-    python eval.py plot RUN|FILE ...    # curves of runs, or the heat map of a file that crossplay wrote
+    python eval.py plot RUN ...         # training curves
 
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. A rate comes with its 95 %
-Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily.
+Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily. No output that is
+named on the command line overwrites a file.
 """
 import json
 import math
@@ -29,84 +30,45 @@ from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, differe
                    markdown, matchups, matrix, need_config, open_eval_model, open_judge_on_device, rate,
                    short, start_of, weights_hash)
 from checkpoint import append_rows
-from data import read_prompts, read_rows, read_text, text_of
+from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
 from model import CommandLine, check_number, stop
-from selfplay import ATTACKER, DEFENDER, Seed, game_record, mean, play
+from selfplay import Seed, game_record, mean, play
 
 EXAM = [(text, harmful) for text, harmful, _ in toy.exam()]   # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
-CHUNK = 64         # prompts asked at once; an interrupted benchmark loses at most so many
+CHUNK = 64         # prompts asked at once with --transcripts; an interrupted benchmark loses so many at most
 
 
 # ---------------------------------------------------------------- bench: answers
-
-BEGINNING = b'{"model": "'   # of each line of a file of transcripts
-
-
-def read_transcript(line: bytes) -> dict | None:
-    """A line of a file of transcripts, or None."""
-    try:
-        content = json.loads(line)
-        texts = isinstance(content["prompt"], str) and isinstance(content["harmful"], bool)
-        whole = texts and "response" in content and vars(Verdict(**content["verdict"])) == content["verdict"]
-        return content if whole else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def read_transcripts(file: str) -> list:
-    """
-    The lines of a file of transcripts, none if it does not exist. Half a line after whole ones, from a write
-    that was interrupted, is cut off. A file that `bench` did not write is refused, and stays as it is.
-    """
-    content = Path(file).read_bytes() if Path(file).is_file() else b""
-    *lines, last = content.split(b"\n")
-    transcripts = [read_transcript(line) for line in lines]
-    if None not in transcripts and read_transcript(last):
-        return [*transcripts, read_transcript(last)]
-    is_half = transcripts and last.startswith(BEGINNING[:len(last)]) and not last.endswith(b"}")
-    if None in transcripts or last and not is_half:
-        number = [*transcripts, None].index(None) + 1
-        stop(f"{file}, line {number}: eval.py bench did not write this; give a file of its own.")
-    if last:
-        os.truncate(file, len(content) - len(last))
-    return transcripts
-
 
 def bench_prompts(model: EvalModel, judge: str, rows: list[tuple], max_new_tokens: int,
                   file: str = "") -> list:
     """
     A line for each (text, harmful): prompt, label, the model's greedy response, and the judge's verdict. A
     prompt that the model's context cannot hold is not asked: it has no response and an unreadable verdict.
-    With a `file`, lines are appended to it, CHUNK at a time, and prompts that it holds already, for the same
-    weights, judge and length, are neither asked nor judged again.
+    With a `file`, lines are appended to it, CHUNK at a time: an interrupted benchmark leaves what it has.
     """
-    head = {"model": model.name, "weights": weights_hash(model.name) if file else "", "judge": judge,
-            "max_new_tokens": max_new_tokens}
+    head = {"model": model.name, "judge": judge, "max_new_tokens": max_new_tokens}
     not_asked = {"response": None, "verdict": vars(Verdict(readable=False))}
-    done = {}
-    for line in read_transcripts(file):
-        if head.items() <= line.items():
-            done[line["prompt"], line["harmful"]] = line
-    missing = [row for row in rows if row not in done]
     context = model.model.hf_config.max_position_embeddings - max_new_tokens
     if context < 1:
         stop(f"--max-new-tokens {max_new_tokens}: leaves nothing of {model.name}'s context; choose less.")
     player = partial(model.ask, turn=1, max_new_tokens=max_new_tokens, temperature=0.0)
     step = CHUNK if file else len(rows)
-    for offset in range(0, len(missing), step):
-        chunk = missing[offset:offset + step]
+    done = []
+    for offset in range(0, len(rows), step):
+        chunk = rows[offset:offset + step]
         lines = {row: head | {"prompt": row[0], "harmful": row[1]} | not_asked for row in chunk}
         seeds = [Seed(*row, revise=False) for row in chunk
                  if len(model.chat.defender_prompt(row[0])) <= context]
         for game in play(seeds, range(len(seeds)), model.chat, player, player, open_judge_on_device(judge)):
             lines[game.asked, game.seed.harmful] |= {"response": game.defender.reply.answer,
                                                      "verdict": vars(game.verdict)}
-        done |= lines
+        done += lines.values()
         if file:
             append_rows(Path(file), list(lines.values()))
-    return [done[row] for row in rows]
+    return done
 
 
 # ---------------------------------------------------------------- bench: rates and tables
@@ -129,8 +91,8 @@ def signal(lines: list, key: str) -> list:
 
 
 def rates(lines: list, by_tactics: bool = False) -> dict:
-    """The rates of a benchmark; for the exam, two of them also by the number of tactics in a prompt."""
-    result = {key: rate(signal(lines, key)) for key in SIGNALS}
+    """The rates that are about some of these prompts; for the exam, also by the number of tactics in one."""
+    result = {key: rate(signal(lines, key)) for key in SIGNALS if signal(lines, key)}
     result["unreadable"] = rate([not line["verdict"]["readable"] for line in lines])
     for size in range(4) if by_tactics else ():
         part = [line for line in lines if len(toy.tactics_in(line["prompt"])) == size]
@@ -144,28 +106,23 @@ def bench(model: EvalModel) -> dict:
     return rates(bench_prompts(model, "toy", EXAM, EXAM_TOKENS), by_tactics=True)
 
 
-RATES = HEADLINE | {"asr_not_refused": "harmful prompt not refused (down)", "unreadable": "unreadable"}
-EXAM_RATES = {"asr": "attack success (down)", "asr_1_tactics": "- one tactic",
-              "asr_2_tactics": "- two tactics", "asr_3_tactics": "- three tactics",
-              "benign_answered": "benign answered (up)", "benign_answered_0_tactics": "- plain"}
-DIFFERENCES = {"asr_difference": "attack success, difference to the first, prompt by prompt",
-               "benign_answered_difference": "benign answered, difference to the first"}
+RATES = HEADLINE | {
+    "asr_1_tactics": "attack success, one tactic", "asr_2_tactics": "attack success, two tactics",
+    "asr_3_tactics": "attack success, three tactics", "benign_answered_0_tactics": "benign answered, plain",
+    "asr_not_refused": "harmful prompt not refused (down)", "unreadable": "unreadable",
+    "asr_difference": "attack success, difference to the first, prompt by prompt",
+    "benign_answered_difference": "benign answered, difference to the first"}
 
 
-def by_benchmark(files: list[tuple[str, list, str]], limit: int) -> dict:
-    """
-    The prompts of each table; at most `limit` of every file, evenly from the whole of it. Two files share a
-    table if they are of one benchmark, and one holds harmful prompts alone, the other benign ones.
-    """
-    tables = {}
-    for title, prompts, summary in files:
-        n = min(limit or math.inf, len(prompts))
-        labels = {label for _, label in tables.get(title, ())}
-        if not labels.isdisjoint(label for _, label in prompts):
-            title = f"{title}, {summary.partition(f', {title}: ')[0]}"   # with its path
-        rows = [prompts[i * len(prompts) // n] for i in range(n)]
-        tables.setdefault(title, {}).update(dict.fromkeys(rows))   # once each, in order
-    return tables
+def read_benchmarks(paths: list[str], limit: int) -> dict:
+    """The prompts of each file by the title of its table; at most `limit`, evenly from the whole file."""
+    benchmarks = {}
+    paths = list(dict.fromkeys(paths))   # a file that is given twice counts once
+    for path, (name, prompts, summary) in zip(paths, read_prompts(paths, attacks=True), strict=True):
+        print(summary, flush=True)
+        n = min(limit or len(prompts), len(prompts))
+        benchmarks[f"{name}, {path}"] = [prompts[i * len(prompts) // n] for i in range(n)]
+    return benchmarks
 
 
 def need_toy(name: str) -> None:
@@ -182,33 +139,26 @@ def write_json(file: str, results: dict) -> None:
 
 
 def main_bench(args: Namespace) -> None:
-    """The exam of the embedded world, or files of prompts: a table per benchmark, all models side by side."""
+    """The exam of the embedded world, or files of prompts: a table for each, all models side by side."""
     if not args.prompts or args.judge == "toy":
         for name in args.models:
             need_toy(name)
     check_judge(args.judge)
-    for file in (args.transcripts, args.replies):   # refused, if at all, before the work
-        read_transcripts(file)
-    files = read_prompts(list(dict.fromkeys(args.prompts)), attacks=True)
-    for _, _, summary in files:
-        print(summary, flush=True)
-    benchmarks = by_benchmark(files, args.limit) or {"held-out pairs": EXAM}
-    max_new_tokens = args.max_new_tokens if files else EXAM_TOKENS
+    benchmarks = read_benchmarks(args.prompts, args.limit) or {"held-out pairs": EXAM}
+    max_new_tokens = args.max_new_tokens if args.prompts else EXAM_TOKENS
     results = {title: {} for title in benchmarks}
-    first = {}   # the lines of the first model, by benchmark
+    first = {}   # the lines of the first model, by title
     for name in args.models:
         model = open_eval_model(name)
         for title, rows in benchmarks.items():
             lines = bench_prompts(model, args.judge, rows, max_new_tokens, args.transcripts)
-            if args.replies:
-                append_rows(Path(args.replies), [line for line in lines if line["response"]])
             first.setdefault(title, lines)
-            result = rates(lines, by_tactics=not files)
-            for key in HEADLINE:
+            result = rates(lines, by_tactics=not args.prompts)
+            for key in [key for key in HEADLINE if key in result and len(args.models) > 1]:
                 result[f"{key}_difference"] = difference(signal(lines, key), signal(first[title], key))
             results[title][name] = result
-    shown = (RATES if files else EXAM_RATES) | (DIFFERENCES if len(args.models) > 1 else {})
     for title, columns in results.items():
+        shown = {key: text for key, text in RATES.items() if key in columns[args.models[0]]}
         n = len(benchmarks[title])
         print(markdown(f"{title}, judged by {args.judge}, n = {n}", columns, shown), flush=True)
     write_json(args.json, results)
@@ -447,104 +397,79 @@ def draw_crossplay(results: dict, file: Path) -> None:
 
 
 def main_plot(args: Namespace) -> None:
-    """One figure of all the runs' curves, and one of each file."""
-    runs = [name for name in args.models if not os.path.isfile(name)]
-    if runs:
-        file = args.out or f"{runs[0]}/curves.png"
-        draw_curves(runs, file, args.curves)
-        print(f"curves: {file}")
-    for name in args.models:
-        if name not in runs:
-            draw_file(Path(name))
-
-
-def draw_file(file: Path) -> None:
-    """The heat map of a file that crossplay wrote, beside it."""
-    try:
-        results = json.loads(read_text(str(file)))
-        draw_crossplay(results, file.with_suffix(".png"))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        stop(f"{file}: not a file that eval.py crossplay wrote; there is nothing to draw.")
-    print(f"numbers: {file}, figure: {file.with_suffix('.png')}")
+    """One figure of all the runs' curves."""
+    file = args.out or f"{args.models[0]}/curves.png"
+    draw_curves(args.models, file, args.curves)
+    print(f"curves: {file}")
 
 
 # ---------------------------------------------------------------- the command line
 
 def main_crossplay(args: Namespace) -> None:
-    write_json(args.out, crossplay(args))
-    draw_file(Path(args.out))
+    """The tables, the numbers and, beside them, the heat map."""
+    results = crossplay(args)
+    write_json(args.out, results)
+    if args.out:
+        figure = Path(args.out).with_suffix(".png")
+        draw_crossplay(results, figure)
+        print(f"numbers: {args.out}, figure: {figure}")
 
 
 def main_exploit(args: Namespace) -> None:
     write_json(args.out, exploit(args))
 
 
-FLAGS = {   # default, whose type is the flag's, meaning, and choices; a number may be 0 if its default is
+FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the choices, if there are any
     "judge": ("toy", "as in train.py"),
     "prompts": ([], "files of prompts, known by their columns; none: the embedded world's, or the run's"),
     "limit": (0, "at most so many prompts of a file, evenly from all of it; 0: all"),
     "max-new-tokens": (128, "longest answer to a prompt of a file"),
-    "transcripts": ("", "file that keeps all answers and verdicts; what it holds is not asked again"),
-    "replies": ("", "file to append prompts and responses to, which train.py --sft reads"),
-    "json": ("", "file for the numbers"),
+    "transcripts": ("", "new file for all answers and verdicts; train.py --sft --no-cot reads it"),
+    "json": ("", "new file for the numbers"),
     "n": (384, "attacks, or games of a pair of players"),
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
-    "side": ([ATTACKER], "the side that responds", ATTACKER, DEFENDER),
-    "from": (["start", "own"], "where responses begin", "start", "own"),
-    "seeds": ([0, 1], "a response each"),
-    "steps": (60, "of a response's training"),
-    "games": (0, "a step of it; 0: as many as the run"),
-    "lr": (0.0, "of a response; 0: the run's"),
-    "curves": (list(CURVES), "panels", *CURVES),
-    "out": ("", "file for the numbers, or for the figure of the runs")}
+    "curves": (list(CURVES), "panels"),
+    "out": ("", "new file for the numbers or, of plot, for the figure")}
 COMMANDS = {   # name: its function, what it does, and its flags; a default after = replaces that in FLAGS
     "bench": (main_bench, "attack success and benign requests answered",
-              "judge prompts limit max-new-tokens transcripts replies json"),
+              "judge prompts limit max-new-tokens transcripts json"),
     "diversity": (main_diversity, "how different attacks are, of runs or of games.jsonl files",
                   "n=192 seed prompts embedder json"),
     "crossplay": (main_crossplay, "every attacker against every defender",
                   "n prompts out=runs/crossplay.json"),
-    "exploit": (main_exploit, "train best responses to frozen models: what do they gain?",
-                "side from seeds steps games lr n prompts out=runs/exploit.json"),
+    "exploit": (main_exploit, "what runs trained against the first model gain, and fixed tactics",
+                "n prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
-    "plot": (main_plot, "training curves, or the heat map of a file", "curves out")}
+    "plot": (main_plot, "training curves", "curves out")}
 
 
-OUTPUTS = {"out": [".json"], "json": [".json"], "transcripts": [".jsonl"], "replies": [".jsonl"]}
-FIGURES = [".png", ".pdf", ".svg"]   # what plot's --out may end in
+def check_output(flag: str, file: Path, endings: list[str]) -> None:
+    """Refuse a name with another ending, and one that cannot become a new file. Its folder is made."""
+    if file.suffix not in endings:
+        stop(f"--{flag} {file}: give a name that ends in {' or '.join(endings)}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(exist_ok=False)
+        file.unlink()
+    except OSError as error:
+        stop(f"--{flag} {file}: cannot be made as a new file ({error.strerror}); choose another name.")
 
 
 def check_args(args: Namespace) -> None:
-    """Refuse numbers out of range, and outputs that must not be written, before any work."""
+    """Refuse numbers out of range, and outputs that would not be new files, before any work."""
     for name, value in vars(args).items():
-        default = FLAGS.get(name.replace("_", "-"), [""])[0]
-        numbers = value if name == "seeds" else [value] * isinstance(default, int | float)
-        for number in numbers:
-            check_number(name, number, 0 if default in (0, [0, 1]) else 1, 10 ** 9)
-    inputs = [*args.models, *vars(args).get("prompts", [])]
-    taken = {Path(path.removeprefix("harmful=").removeprefix("benign=")).resolve() for path in inputs}
-    for name in OUTPUTS:
-        if vars(args).get(name):
-            check_output(name, Path(vars(args)[name]), args.function is main_plot and name == "out", taken)
-
-
-def check_output(name: str, file: Path, is_figure: bool, taken: set[Path]) -> None:
-    """Refuse a file that is read, that cannot be written or that belongs to a model; make its folder."""
-    endings = FIGURES if is_figure else OUTPUTS[name]
-    if file.suffix not in endings:
-        stop(f"--{name} {file}: give a name that ends in {' or '.join(endings)}.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--{name} {file}: its folder cannot be made ({error.strerror}); choose another.")
-    beside = file.with_suffix(".json" if is_figure else ".png") if name == "out" else file
-    is_new = not file.exists()
-    for path in (file, beside):
-        in_use = path.resolve() in taken or path.exists() and (is_new or path.resolve().parent in taken)
-        if in_use or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            stop(f"--{name} {path}: a folder, in use, or not writable; choose another file.")
-    taken |= {file.resolve(), beside.resolve()}
+        if isinstance(value, int):
+            check_number(name, value, int(name not in ("limit", "seed")), 10 ** 9)
+    endings = {"json": [".json"], "transcripts": [".jsonl"], "out": [".json"]}
+    if args.function is main_plot:
+        endings["out"] = [".png", ".pdf", ".svg"]
+    for flag in endings:
+        if vars(args).get(flag):
+            check_output(flag, Path(vars(args)[flag]), endings[flag])
+    beside = {main_plot: ".json", main_crossplay: ".png"}.get(args.function)   # --out's second file
+    if beside and args.out:
+        check_output("out", Path(args.out).with_suffix(beside), [beside])
 
 
 def main() -> None:
@@ -555,12 +480,13 @@ def main() -> None:
         command.set_defaults(function=function)
         command.add_argument("models", nargs="+", metavar="MODEL", help="a run, a checkpoint, or a file")
         for flag, _, own_default in (item.partition("=") for item in flags.split()):
-            default, help, *choices = FLAGS[flag]
+            default, help = FLAGS[flag]
             several = isinstance(default, list)
-            kind = type((default or [""])[0] if several else default)
+            kind = str if several else type(default)
             shown = own_default or default
             command.add_argument(f"--{flag}", default=shown, help=f"{help} [{shown}]" if shown else help,
-                                 type=kind, nargs="+" if several else None, choices=choices or None)
+                                 type=kind, nargs="+" if several else None,
+                                 choices=default or None if several else None)
     args = cli.parse_args()
     check_args(args)
     args.function(args)

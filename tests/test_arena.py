@@ -4,7 +4,7 @@ hand, and best responses from end to end.
 """
 import json
 import math
-import subprocess
+import shutil
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -18,9 +18,10 @@ from transformers import LlamaConfig
 import arena
 import eval
 import toy
-from arena import (BestResponse, EvalModel, Matchup, alternate, average, best_responses, best_tactics,
-                   bootstrap, cross, difference, equilibrium, flags_of, games_of, matchups, matrix,
-                   open_eval_model, outcome, rate, strongest, train_response, wilson)
+import train
+from arena import (EvalModel, Matchup, alternate, average, best_tactics, bootstrap, cross, difference,
+                   equilibrium, games_of, matchups, matrix, open_eval_model, outcome, rate, side_of,
+                   strongest, wilson)
 from conftest import measured
 from judge import Verdict
 from model import new_model, save
@@ -217,87 +218,92 @@ def run(tmp_path_factory):
     return folder
 
 
-def exploit(run, *flags):
-    """eval.py exploit with responses of one step on both sides, from the model itself."""
-    command = ["eval.py", "exploit", str(run), "--out", str(run.parent / "exploit.json")]
-    command += "--steps 1 --seeds 0 --n 8 --from own --side attacker defender".split()
+def exploit(*args):
+    """eval.py exploit on eight requests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*command, *flags])
+        patch.setattr(sys, "argv", ["eval.py", "exploit", *map(str, args), "--n", "8"])
         eval.main()
 
 
 @pytest.fixture(scope="module")
-def answered(run):
-    """The run's folder, once best responses have been trained against it."""
-    exploit(run)
-    return run
+def responses(run):
+    """By side, a run of one step that train.py trained against the run's last checkpoint."""
+    folders = {}
+    for side in (ATTACKER, DEFENDER):
+        folders[side] = str(run.parent / f"{side}-against-tiny-0")
+        train.main(["--play", side, "--opponent", str(run), "--model", str(run), "--kl", "0", "--steps", "1",
+                    "--games", "8", "--max-new-tokens", "8", "--precision", "fp32", "--no-exam", "--out",
+                    folders[side]])
+    return folders
 
 
-def test_exploit_trains_and_measures_and_does_not_train_twice(answered, monkeypatch, capsys):
-    monkeypatch.setattr(arena.subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
-    exploit(answered)
+def test_exploit_measures_runs_that_train_trained_against_the_model(run, responses, tmp_path, capsys):
+    out = tmp_path / "exploit.json"
+    exploit(run, responses[ATTACKER], responses[DEFENDER], "--out", out)
     printed = capsys.readouterr().out
-    results = json.loads((answered.parent / "exploit.json").read_text())["models"][str(answered)]
-    assert "| held-out requests, n = 8, zero_sum table |" in printed
-    assert "met its own opponent and 3 others: attacker from own, seed 0; defender from own" in printed
+    results = json.loads(out.read_text())
+    assert f"| {run}; held-out requests, n = 8, zero_sum table |" in printed
+    tried = f"attacker {responses[ATTACKER]}; defender {responses[DEFENDER]}; attacker the best of 64 fixed"
+    assert f"{run} met its own opponent and 3 others: {tried} tactics, " in printed
     assert "strongest response" in printed and "eps is at least" in printed
-    assert [entry["side"] for entry in results] == ["attacker", "defender", "attacker"]
-    assert "the best of 64 fixed tactics" in results[-1]["from"]
+    assert [entry["side"] for entry in results["responses"]] == ["attacker", "defender", "attacker"]
+    assert [entry["gain"]["n"] for entry in results["responses"]] == [8, 8, 8]
+    # own games are the same for all, so what an attacker gains is what it earns more than the model does
+    for entry in (results["responses"][0], results["responses"][2]):
+        gain = entry["payoff"]["value"] - entry["own_payoff"]["value"]
+        assert entry["gain"]["value"] == pytest.approx(gain)
 
 
-def flags(**settings):
-    """The command line of one best-response attacker that begins as the model itself."""
-    defaults = {"side": [ATTACKER], "from": ["own"], "seeds": [0], "steps": 1, "games": 0, "lr": 0.0,
-                "out": "x.json"}
-    return SimpleNamespace(**defaults | settings)
+def test_without_responses_the_fixed_tactics_are_tried(run, tmp_path, capsys):
+    exploit(run, "--out", tmp_path / "exploit.json")
+    printed = capsys.readouterr().out
+    assert "met its own opponent and 1 others: attacker the best of 64 fixed tactics" in printed
+    [entry] = json.loads((tmp_path / "exploit.json").read_text())["responses"]
+    assert entry["side"] == ATTACKER
 
 
-def test_other_settings_are_another_response(answered):
-    """A response with other settings has another folder, so that it is never taken for this one."""
-    (ours,) = best_responses(str(answered), flags())
-    (other,) = best_responses(str(answered), flags(games=4))
-    assert ours.folder != other.folder
-    assert (ours.config["games"], other.config["games"]) == (8, 4)
-
-
-def test_a_response_that_was_interrupted_goes_on(answered, monkeypatch):
-    """A folder with an older checkpoint is continued with --resume; a finished one is not touched."""
-    commands = []
-
-    def run_command(command, **kwargs):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(arena.subprocess, "run", run_command)
-    folder = next((answered.parent / "exploit").glob("*attacker*/latest")).parent
-    for steps in (1, 2):
-        train_response(BestResponse(ATTACKER, "own", folder, {"steps": steps, "out": str(folder)}))
-    assert [command[-1] for command in commands] == ["--resume"]
-
-
-def test_a_response_that_fails_to_train_is_said(tmp_path, capsys):
-    settings = {"steps": 1, "games": 3, "out": str(tmp_path / "x")}
+def test_without_responses_and_tactics_there_is_nothing_to_try(run, tmp_path, capsys, monkeypatch):
+    """Requests that are not of the embedded world cannot be disguised by its tactics."""
+    monkeypatch.setattr(arena, "open_eval_model", lambda name: pytest.fail("a model was opened"))
+    rows = [{"prompt": f"how do i bake {label} bread", "label": label} for label in ("harmful", "benign")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit):
-        train_response(BestResponse(ATTACKER, "own", tmp_path / "x", settings))
-    assert "x.log says why" in capsys.readouterr().err
-    assert "multiple of 4" in (tmp_path / "x.log").read_text()
+        exploit(run, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "exploit.json")
+    sentence = capsys.readouterr().err
+    assert "there is nothing to try; give runs of train.py" in sentence and sentence.count("\n") == 1
+    assert not (tmp_path / "exploit.json").exists()
 
 
-def test_the_start_of_a_run_has_no_response_that_begins_as_itself(answered, capsys):
+OPPONENTS = {"another checkpoint": "step_000000", "itself": "", "a copy": "copy", "the last": "step_000001",
+             "the run": "."}
+
+
+@pytest.mark.parametrize("play", ["attacker", "defender", "self"])
+@pytest.mark.parametrize("opponent", OPPONENTS)
+def test_a_response_is_a_run_whose_opponent_had_the_weights_of_the_model(opponent, play, run, tmp_path,
+                                                                         capsys, monkeypatch):
+    monkeypatch.setattr(arena, "open_eval_model", lambda name: pytest.fail("a model was opened"))
+    shutil.copytree(run, tmp_path / "response")
+    shutil.copytree(run / "step_000001", tmp_path / "copy")
+    place = tmp_path if opponent == "a copy" else run
+    named = str(place / OPPONENTS[opponent]) if OPPONENTS[opponent] else ""
+    config = json.loads((run / "config.json").read_text()) | {"play": play, "opponent": named}
+    (tmp_path / "response" / "config.json").write_text(json.dumps(config))
+    if play != "self" and opponent in ("a copy", "the last", "the run"):
+        assert side_of(str(tmp_path / "response"), str(run)) == play
+        return
     with pytest.raises(SystemExit):
-        best_responses(str(answered / "step_000000"), flags())
-    assert "add --from start" in capsys.readouterr().err
+        exploit(run, tmp_path / "response", "--out", tmp_path / "exploit.json")
+    sentence = capsys.readouterr().err
+    assert f"train.py --play {play} trained it against {named or 'no frozen model'}, not" in sentence
+    assert sentence.count("\n") == 1
 
 
-def test_settings_become_flags_that_train_understands():
-    settings = {"cot": False, "exam": True, "lr": 2e-4, "seeds": ["a", "b"], "sft": "", "kl": 0.0}
-    assert flags_of(settings) == ["--no-cot", "--exam", "--lr", "0.0002", "--seeds", "a", "b", "--kl", "0.0"]
-
-
-def test_the_frozen_side_is_the_checkpoint_that_was_named(answered):
+def test_the_frozen_side_is_the_checkpoint_that_was_named(run, responses):
     """The games of a best-response attacker were defended as the frozen model defends."""
-    file = next((answered.parent / "exploit").glob("*attacker*/games.jsonl"))
-    games = [json.loads(line) for line in file.read_text().splitlines()]
-    frozen = open_eval_model(str(answered))
+    with open(f"{responses[ATTACKER]}/games.jsonl") as file:
+        games = [json.loads(line) for line in file]
+    frozen = open_eval_model(str(run))
     prompts = [frozen.chat.defender_prompt(game["attack"] or game["seed"]) for game in games]
     uniform_NT = uniforms(0, 0, [game["game"] for game in games], 1, 8)
     replies = sample(frozen.model, prompts, uniform_NT, stop_ids(frozen.model, frozen.chat.tokenizer))
@@ -332,7 +338,6 @@ def test_the_strongest_response_is_chosen_where_it_is_not_reported():
 
 @pytest.mark.parametrize("how", [{"play": "self"}, {"play": "defender", "attacks": "games.jsonl"}])
 def test_an_opponent_without_a_side_to_play_is_refused(how, capsys):
-    from train import check_config
     with pytest.raises(SystemExit):
-        check_config(Config(judge="toy", opponent="x", **how), 1)
+        train.check_config(Config(judge="toy", opponent="x", **how), 1)
     assert "--opponent MODEL plays" in capsys.readouterr().err

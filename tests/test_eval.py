@@ -15,9 +15,10 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig
 import eval
 import judge
 import toy
+import train
 from conftest import byte_tokenizer, measured, tiny_sentence_model
-from eval import (EXAM, bench, bench_prompts, by_benchmark, diversity, embed, embedding_diversity,
-                  entropy, rates, self_bleu, signal)
+from eval import (CHUNK, EXAM, bench, bench_prompts, diversity, embed, embedding_diversity, entropy, rates,
+                  read_benchmarks, self_bleu, signal)
 from judge import Verdict, keywords
 from model import new_model, save
 from selfplay import ENGLISH, ChatFormat
@@ -79,15 +80,21 @@ def test_the_rates_of_a_list_of_verdicts_are_those_counted_by_hand():
     assert (result["unreadable"]["value"], result["unreadable"]["n"]) == (0.2, 10)
 
 
+@pytest.mark.parametrize("label, left_out", [
+    (True, {"benign_answered"}), (False, {"asr", "asr_not_refused"})])
+def test_a_rate_that_no_prompt_is_about_is_left_out_and_one_without_answers_is_not(label, left_out):
+    unreadable = {"harmful": label, "verdict": vars(Verdict(readable=False))}
+    result = rates([unreadable])
+    assert {"asr", "asr_not_refused", "benign_answered", "unreadable"} - result.keys() == left_out
+    assert all(result[key]["value"] is None for key in result.keys() - {"unreadable"})
+
+
 ROWS = [(f"prompt {i}", i % 3 > 0) for i in range(150)]
 
 
-def test_an_interrupted_benchmark_asks_and_judges_nothing_twice(english, tmp_path, monkeypatch):
-    """
-    It is interrupted in its second chunk of 64 prompts, and half a line stands in the file. Every second
-    answer is empty, so the judge is not asked about it.
-    """
-    monkeypatch.setattr(eval, "weights_hash", lambda name: "w")
+def test_transcripts_are_written_chunk_by_chunk_and_an_interrupted_benchmark_leaves_them(
+        english, tmp_path, monkeypatch):
+    """It is interrupted when the judge is shown the second chunk; then another one runs to its end."""
     judged = []
 
     def counting(exchanges):
@@ -96,28 +103,34 @@ def test_an_interrupted_benchmark_asks_and_judges_nothing_twice(english, tmp_pat
             raise KeyboardInterrupt
         return keywords(exchanges)
     monkeypatch.setitem(judge.JUDGES, "counting", counting)
-    monkeypatch.setitem(judge.JUDGES, "another", keywords)
-    file = str(tmp_path / "t.jsonl")
     model = scripted(lambda text: "Sure!" if int(text.split()[1]) % 2 else "", english)
     with pytest.raises(KeyboardInterrupt):
-        bench_prompts(model, "counting", ROWS, 16, file)
-    kept = [json.loads(line) for line in open(file)]
-    assert len(kept) == 64
-    with open(file, "a") as out:
-        out.write('{"model": "m", "wei')
-
-    Scripted.asked = 0
-    lines = bench_prompts(model, "counting", ROWS, 16, file)
-    assert Scripted.asked == 150 - 64
-    answered = [text for text, _ in ROWS if int(text.split()[1]) % 2]
-    assert sum(judged[:1] + judged[2:], []) == answered
+        bench_prompts(model, "counting", ROWS, 16, str(tmp_path / "t.jsonl"))
+    kept = [json.loads(line) for line in open(tmp_path / "t.jsonl")]
+    lines = bench_prompts(model, "counting", ROWS, 16, str(tmp_path / "whole.jsonl"))
+    assert kept == lines[:CHUNK]
+    assert [json.loads(line) for line in open(tmp_path / "whole.jsonl")] == lines
     assert [(line["prompt"], line["harmful"]) for line in lines] == ROWS
-    assert [json.loads(line) for line in open(file)] == lines
-    fresh = bench_prompts(model, "counting", ROWS, 16)
-    assert [line["verdict"] for line in lines] == [line["verdict"] for line in fresh]
+    assert len(judged) == 2 + math.ceil(len(ROWS) / CHUNK)
+    # an empty answer is a refusal, which no judge is asked about
+    assert sum(judged[2:], []) == [text for text, _ in ROWS if int(text.split()[1]) % 2]
+    # without a file all prompts are asked at once, with the same answers
+    assert bench_prompts(model, "counting", ROWS, 16) == lines
+    assert len(judged) == 2 + math.ceil(len(ROWS) / CHUNK) + 1
 
-    bench_prompts(model, "another", ROWS, 16, file)
-    assert len(open(file).readlines()) == 300
+
+def test_sft_reads_transcripts_and_refuses_a_prompt_without_a_response(english, tmp_path, capsys):
+    model = scripted(lambda text: f"Sure, {text}", english)
+    config = train.Config(sft=str(tmp_path / "t.jsonl"), cot=False)
+    bench_prompts(model, "keywords", ROWS[:9], 16, config.sft)
+    pairs = train.read_sft(config, english, context=400)
+    assert [english.tokenizer.decode(response[:-1]) for _, response in pairs] == [
+        f"Sure, {text}" for text, _ in ROWS[:9]]
+    assert [prompt for prompt, _ in pairs] == [english.defender_prompt(text) for text, _ in ROWS[:9]]
+    bench_prompts(model, "keywords", [("a" * 1000, True)], 16, config.sft)
+    with pytest.raises(SystemExit):
+        train.read_sft(config, english, context=400)
+    assert f"{config.sft}, line 10: null is no text" in capsys.readouterr().err
 
 
 def test_a_prompt_that_the_context_cannot_hold_is_unreadable_and_not_asked(english):
@@ -129,12 +142,18 @@ def test_a_prompt_that_the_context_cannot_hold_is_unreadable_and_not_asked(engli
     assert Scripted.asked == 1
 
 
-def test_files_of_one_benchmark_share_a_table_and_a_limit_takes_from_all_of_each():
-    files = [("X", [(f"h{i}", True) for i in range(10)], ""), ("X", [(f"b{i}", False) for i in range(4)], ""),
-             ("Y", [("z", True)], ""), ("X", [("b", False)], "x/y.csv, X: 1 prompts")]
-    benchmarks = by_benchmark(files, 2)
-    assert list(benchmarks["X"]) == [("h0", True), ("h5", True), ("b0", False), ("b2", False)]
-    assert list(benchmarks["Y"]) == [("z", True)]
+def test_every_file_is_a_table_and_a_limit_takes_from_all_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, n in (("h", 10), ("b", 4)):
+        rows = [json.dumps({"prompt": f"{name}{i}"}) for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = ["harmful=h.jsonl", "benign=b.jsonl", "harmful=h.jsonl"]
+    benchmarks = read_benchmarks(files, limit=3)
+    assert benchmarks == {
+        "labelled prompts, harmful=h.jsonl": [("h0", True), ("h3", True), ("h6", True)],
+        "labelled prompts, benign=b.jsonl": [("b0", False), ("b1", False), ("b2", False)]}
+    assert capsys.readouterr().out.count("h.jsonl, labelled prompts: 10 prompts, 10 of them harmful") == 1
+    assert [len(rows) for rows in read_benchmarks(files, limit=0).values()] == [10, 4]
 
 
 @pytest.fixture(scope="module")
@@ -155,22 +174,30 @@ def english_models(tmp_path_factory):
 
 def test_real_models_stand_side_by_side_with_their_difference(english_models, capsys):
     a, b = english_models / "a", english_models / "b"
-    files = {name: english_models / f"{name}.jsonl" for name in ("transcripts", "replies")}
-    files["numbers"] = english_models / "numbers.json"
-    flags = ["--judge", "keywords", "--prompts", english_models / "prompts.jsonl", "--max-new-tokens", 8]
-    command("bench", a, b, *flags, "--json", files["numbers"], "--transcripts", files["transcripts"],
-            "--replies", files["replies"])
+    prompts = english_models / "prompts.jsonl"
+    numbers, transcripts = english_models / "numbers.json", english_models / "transcripts.jsonl"
+    command("bench", a, b, "--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 8,
+            "--json", numbers, "--transcripts", transcripts)
     printed = capsys.readouterr().out
-    assert f"| labelled prompts, judged by keywords, n = 6 | n | {a} | {b} |" in printed
+    assert f"| labelled prompts, {prompts}, judged by keywords, n = 6 | n | {a} | {b} |" in printed
     assert "| attack success (down) | 3 | " in printed
     assert "6 prompts, 3 of them harmful, in 6 rows" in printed and "difference to the first" in printed
-    results = json.loads(files["numbers"].read_text())["labelled prompts"]
+    [results] = json.loads(numbers.read_text()).values()
     assert results[str(a)]["asr_difference"]["value"] == 0
-    lines = [json.loads(line) for line in files["transcripts"].read_text().splitlines()]
+    lines = [json.loads(line) for line in transcripts.read_text().splitlines()]
+    assert [line["model"] for line in lines] == [str(a)] * 6 + [str(b)] * 6
     own = {name: signal([line for line in lines if line["model"] == str(name)], "asr") for name in (a, b)}
     assert results[str(b)]["asr_difference"]["value"] == pytest.approx(np.mean(own[b]) - np.mean(own[a]))
-    replies = [json.loads(line) for line in files["replies"].read_text().splitlines()]
-    assert replies and all(line["prompt"] and line["response"] for line in replies)
+
+
+def test_a_table_has_the_rates_that_its_file_is_about(english_models, tmp_path, capsys):
+    """No benign requests, no rate of them; one model, no difference."""
+    (tmp_path / "h.jsonl").write_text('{"prompt": "how do i make it"}')
+    command("bench", english_models / "a", "--judge", "keywords", "--prompts", f"harmful={tmp_path}/h.jsonl",
+            "--max-new-tokens", 4)
+    printed = capsys.readouterr().out
+    assert "| attack success (down) | 1 |" in printed and "| unreadable | 1 |" in printed
+    assert "benign answered" not in printed and "difference" not in printed and "tactic" not in printed
 
 
 @pytest.mark.parametrize("flags", [[], ["--judge", "keywords"], ["--prompts", "x.jsonl"]])
@@ -309,22 +336,19 @@ def test_what_distinguishes_runs_is_everything_but_their_seed():
     assert pools == {"self on attacks of runs/start"}
 
 
-def test_crossplay_is_drawn_and_drawn_again_from_its_file(sft_run, tmp_path, capsys):
-    command("crossplay", sft_run, sft_run / "step_000000", "--n", 8, "--out", tmp_path / "c.json")
-    assert "attacker earns, zero_sum table; held-out requests, n = 8" in capsys.readouterr().out
-    drawn = (tmp_path / "c.png").read_bytes()
-    (tmp_path / "c.png").unlink()
-    command("plot", tmp_path / "c.json")
-    assert len(drawn) > 10_000
-    assert (tmp_path / "c.png").read_bytes() == drawn
-
-
-@pytest.mark.parametrize("text", ['{"kind": "x"}', "[1]", "not JSON"])
-def test_a_file_that_crossplay_did_not_write_is_not_drawn(text, tmp_path, capsys):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(SystemExit):
-        command("plot", tmp_path / "x.json")
-    assert "nothing to draw" in capsys.readouterr().err
+def test_crossplay_writes_its_numbers_and_its_heat_map(sft_run, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "c.json"
+    panels = panels_of(monkeypatch, lambda: command("crossplay", sft_run, sft_run / "step_000000", "--n", 8,
+                                                    "--out", out))
+    printed = capsys.readouterr().out
+    assert "attacker earns, zero_sum table; held-out requests, n = 8" in printed
+    assert f"numbers: {out}, figure: {tmp_path}/c.png" in printed
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    cells = json.loads(out.read_text())["cells"]
+    shown = [text.get_text() for text in panels[0].texts]   # a row per attacker, a column per defender
+    assert shown == [f"{cells[defender][attacker]['asr']['value']:.0%}\n"
+                     f"{cells[defender][attacker]['payoff']['value']:+.2f}"
+                     for attacker in cells for defender in cells]
 
 
 def write_runs(folder, asr=(0.5, 0.7, None)):
@@ -386,6 +410,17 @@ def test_curves_can_be_chosen(tmp_path, monkeypatch):
     flags = ["--curves", "benign_answered", "asr", "--out", tmp_path / "c.png"]
     panels = panels_of(monkeypatch, lambda: command("plot", *runs, *flags))
     assert [panel.get_title().split("\n")[0] for panel in panels] == ["benign answered", "attack success"]
+
+
+def test_a_run_s_own_figure_is_drawn_again(tmp_path):
+    """Without --out the curves stand in the folder of the first run, old or new."""
+    run, other, _ = write_runs(tmp_path)
+    command("plot", run)
+    before = (Path(run) / "curves.json").read_text()
+    (Path(run) / "metrics.jsonl").write_text((Path(other) / "metrics.jsonl").read_text())
+    command("plot", run)
+    assert (Path(run) / "curves.png").stat().st_size > 10_000
+    assert (Path(run) / "curves.json").read_text() != before
 
 
 def test_a_count_of_nothing_is_refused(capsys):

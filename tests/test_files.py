@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import train
 from conftest import byte_tokenizer
 from data import LABELS, read_prompts
-from eval import draw_file, logged_games, read_transcripts
+from eval import logged_games
 from judge import read_human
 from selfplay import ENGLISH, ChatFormat
 
@@ -137,7 +137,7 @@ READERS = {
     "seeds": lambda file: read_prompts([file]),
     "harmful seeds": lambda file: read_prompts([f"harmful={file}"]),
     "attacks": lambda file: read_prompts([file], attacks=True), "sft": read_pairs, "votes": read_human,
-    "transcripts": read_transcripts, "games": logged_games, "figure": lambda file: draw_file(Path(file))}
+    "games": logged_games}
 
 
 # ---------------------------------------------------------------- good files, and files with one bad row
@@ -234,8 +234,8 @@ CELL = st.one_of(
     st.sampled_from(["harmful", "benign", "1", "0.0", ""]), st.dictionaries(TEXT, TEXT, max_size=1))
 COLUMN = st.sampled_from("""
     prompt text label harmful goal target attack response ContextString category test_case generation human_0
-    human_1 human_2 completion final_label type seed verdict legal model weights judge BehaviorID method
-    adversarial vanilla kind cells""".split() + [""])
+    human_1 human_2 completion final_label type seed verdict legal BehaviorID method adversarial
+    vanilla""".split() + [""])
 ROWS = st.lists(st.one_of(st.dictionaries(COLUMN, CELL, max_size=8), CELL), max_size=4)
 GAME = {"step": 1, "game": 0, "seed": "s", "harmful": True, "legal": True, "answer": "", "verdict": {}}
 WHOLE = table().map(lambda drawn: [row | {"response": "sure"} for row in drawn[0]])
@@ -249,8 +249,7 @@ CONTENT = st.one_of(
     st.binary(max_size=60), st.binary(max_size=60).map(PACK),
     st.lists(st.lists(TEXT, max_size=3).map(",".join), max_size=4).map(
         lambda lines: "\n".join(["prompt,label", *lines]).encode()),
-    st.text(max_size=20).map(lambda text: text.encode("utf-16")),
-    st.text(max_size=20).map(lambda text: b'{"model": "' + text.encode("utf-8", "replace")))
+    st.text(max_size=20).map(lambda text: text.encode("utf-16")))
 
 
 @pytest.mark.parametrize("reader", READERS)

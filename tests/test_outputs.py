@@ -60,46 +60,7 @@ def refused(capsys, *args):
     return sentence
 
 
-# ---------------------------------------------------------------- files that are not ours
-
-FOREIGN = [
-    b'{"model": "gpt-4o", "messages": ["precious"]}', b'{"model": "gpt-4o", "mess', b"[" * 100_000,
-    b'{"model": "m", "prompt": "a", "harmful": true, "response": null, "verdict": {}}\n',
-    b"my notes", b"my notes\n", b'{"prompt": "a"}\n', b'{"prompt": "a"}', b"\xff\xfe\x00", b"\n\nx", b"[1]\n",
-    b'{"model": "m", "prompt": "a", "verdict": {}}\nmy notes', b'{"model": "m", "wei\nmy notes\n',
-    b'{"model": "m", "prompt": 7, "verdict": {}}\n', b'{"model": "m", "prompt": "a", "verdict": {"x": 1}}\n']
-
-
-@pytest.mark.parametrize("content", FOREIGN)
-def test_a_file_that_bench_did_not_write_stays_as_it_is(content, model, prompts, tmp_path, capsys):
-    file = tmp_path / "precious.jsonl"
-    file.write_bytes(content)
-    flags = ["--judge", "keywords", "--prompts", prompts, "--transcripts", file]
-    assert "bench did not write this" in refused(capsys, "bench", model, *flags)
-    assert file.read_bytes() == content
-
-
-@pytest.mark.parametrize("cut", [1, 9, 10, 30, 200])
-def test_half_a_line_at_the_end_of_our_own_file_is_cut_off_and_asked_again(cut, model, prompts, tmp_path):
-    file = tmp_path / "t.jsonl"
-    flags = ["--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--transcripts", file]
-    command("bench", model, *flags)
-    whole = file.read_bytes()
-    first = whole.index(b"\n") + 1
-    file.write_bytes(whole[:first + cut])
-    command("bench", model, *flags)
-    assert file.read_bytes() == whole
-
-
-def test_a_last_line_that_lacks_its_newline_is_kept(model, prompts, tmp_path):
-    file = tmp_path / "t.jsonl"
-    flags = ["--judge", "keywords", "--prompts", prompts, "--max-new-tokens", 4, "--transcripts", file]
-    command("bench", model, *flags)
-    whole = file.read_bytes()
-    file.write_bytes(whole[:whole.index(b"\n")])
-    command("bench", model, *flags)
-    assert file.read_bytes() == whole
-
+# ---------------------------------------------------------------- logs
 
 @pytest.mark.parametrize("before", [b"", b"{}", b"{}\n", b"x", "\u00fc".encode()])
 def test_rows_are_appended_to_whole_lines(before, tmp_path):
@@ -123,56 +84,67 @@ def test_a_rewound_log_keeps_every_line_whatever_its_texts(text, tmp_path):
 
 # ---------------------------------------------------------------- outputs are checked before the work
 
-OUTPUTS = [("bench", "--json"), ("bench", "--transcripts"), ("bench", "--replies"), ("crossplay", "--out"),
-           ("exploit", "--out"), ("diversity", "--json"), ("report", "--json")]
-PLACES = {"a folder": "folder", "in a file": "prompts.jsonl/x", "an input": "prompts",
-          "a device": "/dev/full/x", "deep in a file": "prompts.jsonl/a/b/c", "no ending": ".",
-          "a part of a model": "model/config"}
+OUTPUTS = [("bench", "--json"), ("bench", "--transcripts"), ("crossplay", "--out"), ("exploit", "--out"),
+           ("diversity", "--json"), ("report", "--json"), ("plot", "--out")]
+PLACES = {"a file": "notes", "a folder": "folder", "a link to nothing": "link", "an input": "prompts",
+          "in a file": "prompts.jsonl/x", "deep in a file": "prompts.jsonl/a/b/c", "a device": "/dev/full/x",
+          "another ending": "x.txt", "no ending": ".", "a part of a model": "model/config"}
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name, flag", OUTPUTS)
-def test_an_output_that_cannot_be_written_is_refused_at_once(name, flag, place, model, prompts, tmp_path,
-                                                             capsys, monkeypatch):
+def test_an_output_that_cannot_be_a_new_file_is_refused_at_once(name, flag, place, model, prompts, tmp_path,
+                                                                capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, tmp_path / "model")
-    for ending in (".json", ".jsonl"):
+    for ending in (".json", ".jsonl", ".png"):
+        (tmp_path / f"notes{ending}").write_text("precious")
         (tmp_path / f"folder{ending}").mkdir()
+        (tmp_path / f"link{ending}").symlink_to("nowhere")
         (tmp_path / "model" / f"config{ending}").touch()
-    (tmp_path / "prompts.json").write_bytes(prompts.read_bytes())
+        (tmp_path / f"prompts{ending}").write_bytes(prompts.read_bytes())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     takes = name in ("bench", "crossplay", "exploit", "diversity")
     inputs = ["--prompts", "prompts.jsonl", "prompts.json"] if takes else []
     asked = ["model"] if inputs else ["model", "prompts.jsonl", "prompts.json"]
     judge = ["--judge", "keywords"] if name == "bench" else []
-    ending = ".jsonl" if flag in ("--transcripts", "--replies") else ".json"
-    out = PLACES[place] + ending * (place != "no ending")
+    ending = {"plot": ".png"}.get(name, ".jsonl" if flag == "--transcripts" else ".json")
+    out = PLACES[place] + ending * ("ending" not in place)
     sentence = refused(capsys, name, *asked, *judge, *inputs, flag, out)
     assert sentence.startswith(flag)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("out, there", [("x.png", "x.json"), ("x.pdf", "x.json"), ("cp.png", "cp.json")])
-def test_a_figure_leaves_alone_what_its_numbers_would_replace(out, there, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name, out, beside", [
+    ("plot", "x.png", "x.json"), ("plot", "x.pdf", "x.json"), ("crossplay", "x.json", "x.png")])
+def test_a_figure_and_its_numbers_are_both_new_files(name, out, beside, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / there).write_text("notes")
-    assert f"--out {there}: a folder, in use" in refused(capsys, "plot", "cp.json", "--out", out)
-    assert (tmp_path / there).read_text() == "notes"
+    (tmp_path / beside).write_text("precious")
+    sentence = refused(capsys, name, model, "--out", out)
+    assert f"--out {beside}: cannot be made as a new file (File exists)" in sentence
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(beside, "precious")]
 
 
-def test_a_picture_is_not_read_as_the_numbers_of_one(tmp_path, capsys):
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n")
-    (tmp_path / "y.json").write_text('{"kind": "crossplay"}')
-    (tmp_path / "y.png").mkdir()
-    for name, problem in (("x.png", "cannot be read"), ("y.json", "not a file that eval.py crossplay wrote")):
-        assert f"{tmp_path}/{name}: {problem}" in refused(capsys, "plot", tmp_path / name)
-    assert (tmp_path / "x.png").read_bytes() == b"\x89PNG\r\n"
+@pytest.mark.parametrize("name", ["crossplay", "exploit"])
+def test_the_numbers_of_an_earlier_command_are_not_overwritten(name, model, tmp_path, capsys, monkeypatch):
+    """Without --out they stand in a file of runs/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / f"{name}.json").write_text("precious")
+    sentence = refused(capsys, name, model)
+    assert f"--out runs/{name}.json: cannot be made as a new file (File exists)" in sentence
+    assert (tmp_path / "runs" / f"{name}.json").read_text() == "precious"
 
 
-def test_two_outputs_are_not_written_to_one_file(model, prompts, tmp_path, capsys):
-    file = tmp_path / "x.jsonl"
-    flags = ["--judge", "keywords", "--prompts", prompts, "--replies", file, "--transcripts", file]
-    assert "in use" in refused(capsys, "bench", model, *flags)
+def test_an_output_that_is_refused_leaves_the_others_unwritten(model, prompts, tmp_path, capsys):
+    flags = ["--judge", "keywords", "--prompts", prompts, "--json", tmp_path / "new" / "x.json"]
+    assert "--transcripts" in refused(capsys, "bench", model, *flags, "--transcripts", tmp_path / "x")
+    assert not (tmp_path / "new" / "x.json").exists()
+
+
+def test_a_file_is_not_drawn(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"cells": {}}')
+    assert "c.json: not of a run; give a run" in refused(capsys, "plot", tmp_path / "c.json")
 
 
 def test_a_length_that_the_context_cannot_hold_is_said(model, prompts, capsys):
@@ -194,10 +166,8 @@ def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
     (["crossplay", "M", "--n", "0"], "--n 0: must be a number from 1"),
     (["diversity", "M", "--n", "99999999999"], "from 1 to 1000000000"),
     (["diversity", "M", "--seed", "-1"], "--seed -1: must be a number from 0"),
-    (["exploit", "M", "--seeds", "0", "-1"], "--seeds -1: must be a number from 0"),
-    (["exploit", "M", "--lr", "nan"], "--lr nan: must be a number from 0"),
-    (["exploit", "M", "--lr=-1e-4"], "--lr -0.0001: must be a number from 0"),
-    (["exploit", "M", "--steps", "0"], "--steps 0: must be a number from 1"),
+    (["exploit", "M"], "not of a run; give a run"),
+    (["exploit", "missing", "M"], "not of a run; give a run"),
     (["plot", "missing.json"], "missing.json: no such file"),
     (["plot", "missing/run"], "missing/run: no such file"),
     (["diversity", "missing.jsonl"], "missing.jsonl: no such file"),

@@ -28,12 +28,12 @@ SHORTER = {
     "eval.py report": "--n 8",
     "eval.py diversity": "--n 8",
     "eval.py crossplay": "--n 8",
-    "eval.py exploit": "--seeds 0 --steps 1 --games 8 --n 8",
+    "eval.py exploit": "--n 8",
     "tests/weak_scaling.py": "--games 4 --steps 2 --sft-steps 1",
 }
 # Commands that this run of the tests is, or that the tests of bench.py run on tiny sizes.
 LEFT_OUT = ("-m venv", "-m pytest", "tests/bench.py")
-LONG_FLAGS = r" --(steps|games|n|seeds|sft-steps) [0-9 ]+(?=$| )"
+LONG_FLAGS = r" --(steps|games|n|sft-steps) [0-9]+(?=$| )"
 
 
 def shortened(block: str) -> str:
