@@ -2,7 +2,7 @@
 Any attacker against any defender: cross-play with its equilibrium, and best responses.
 
     crossplay   every attacker against every defender -> payoff_AD -> regret matching -> mixture of each side
-    exploit     a frozen model against runs that were trained against it -> the gain of the strongest
+    exploit     a frozen model against runs that were trained against it -> what each of them gains
 
 A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
 any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
@@ -28,7 +28,8 @@ import torch
 import toy
 from data import read_prompts
 from judge import Judge, open_judge
-from model import Transformer, find_checkpoint, load, run_config, stop, weight_files
+from kernels import stop
+from model import Transformer, find_checkpoint, load, run_config, weight_files
 from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
                       is_legal, payoffs, play, seed_pools, seeds_for_step)
@@ -126,8 +127,7 @@ class EvalModel:
         """A reply to each prompt of token ids. With all but the first two set it is a selfplay.Player."""
         uniform_NT = uniforms(seed, 0, numbers, turn, max_new_tokens)
         stops = stop_ids(self.model, self.chat.tokenizer)
-        label = f"{short(self.name)} {'defends' if turn else 'attacks'}"
-        return sample(self.model, prompts, uniform_NT, stops, temperature, self.chat.prefixes(), label)
+        return sample(self.model, prompts, uniform_NT, stops, temperature, self.chat.prefixes(), self.name)
 
 
 def need_config(name: str) -> dict:
@@ -367,19 +367,13 @@ def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> l
     return entries
 
 
-EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the strongest response (down)",
-           "own_payoff": "the attacker earns, itself", "payoff": "- with the strongest response",
+EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (down)",
+           "own_payoff": "the attacker earns, itself", "payoff": "- with the response",
            "gain": "gain of the response: eps is at least that"}
 
 
-def strongest(reported: list[dict], others: list[dict]) -> dict:
-    """For each side, the reported entry of the response that gains most in the other games."""
-    pairs = sorted(zip(others, reported, strict=True), key=lambda pair: pair[0]["gain"]["value"])
-    return {entry["side"]: entry for _, entry in pairs}   # a larger gain overwrites a smaller one
-
-
 def exploit(args: Namespace) -> dict:
-    """Play the first model against responses and fixed tactics. Prints the strongest, returns all results."""
+    """Play the first model against its responses and the best fixed tactics: a column each."""
     name, *responses = args.models
     sides = {response: side_of(response, name) for response in responses}
     meetings = matchups(name, args.n, args.prompts)
@@ -387,14 +381,10 @@ def exploit(args: Namespace) -> dict:
     if not responses and not in_toy:
         stop(f"{name}: there is nothing to try; give runs of train.py --play attacker --opponent {name}.")
     model = open_eval_model(name)
+    # chosen on the training requests and reported on the held-out ones: no number is chosen for being large
     tactics = best_tactics(model, meetings[-1]) if in_toy else {}
-    results = [measure(model, sides, matchup, tactics) for matchup in meetings]
-    tried = [f"{entry['side']} {entry['response']}" for entry in results[0]]
-    print(f"{name} met its own opponent and {len(tried)} others: {'; '.join(tried)}\n")
-    # Chosen on the last matchup and reported on the first: in the embedded world, which has two, no number is
-    # chosen for being large.
-    entries = strongest(results[0], results[-1])
-    columns = {f"{side}: {entry['response']}": entry for side, entry in entries.items()}
+    results = measure(model, sides, meetings[0], tactics)
+    columns = {f"{entry['side']}: {entry['response']}": entry for entry in results}
     title = f"{name}; {meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
     print(markdown(title, columns, EXPLOIT), flush=True)
-    return {"model": name, "n": args.n, "responses": results[0]}
+    return {"model": name, "n": args.n, "responses": results}

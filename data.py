@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from model import stop
+from kernels import stop
 from sample import clean_text, visible
 
 # ---------------------------------------------------------------- files that people publish

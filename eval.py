@@ -23,7 +23,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import toy
 from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, difference, exploit, games_of,
@@ -32,10 +31,10 @@ from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, differe
 from checkpoint import append_rows
 from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
-from model import CommandLine, check_number, stop
+from kernels import CommandLine, check_number, stop
 from selfplay import Seed, game_record, mean, play
 
-EXAM = [(text, harmful) for text, harmful, _ in toy.exam()]   # the held-out pairs in disguise
+EXAM = toy.exam()  # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
 CHUNK = 64         # prompts asked at once with --transcripts; an interrupted benchmark loses so many at most
 
@@ -90,25 +89,19 @@ def signal(lines: list, key: str) -> list:
     return values
 
 
-def rates(lines: list, by_tactics: bool = False) -> dict:
-    """The rates that are about some of these prompts; for the exam, also by the number of tactics in one."""
+def rates(lines: list) -> dict:
+    """The rates that are about some of these prompts."""
     result = {key: rate(signal(lines, key)) for key in SIGNALS if signal(lines, key)}
     result["unreadable"] = rate([not line["verdict"]["readable"] for line in lines])
-    for size in range(4) if by_tactics else ():
-        part = [line for line in lines if len(toy.tactics_in(line["prompt"])) == size]
-        for key in HEADLINE:
-            result[f"{key}_{size}_tactics"] = rate(signal(part, key))
     return result
 
 
 def bench(model: EvalModel) -> dict:
     """The exam of the embedded world, judged exactly."""
-    return rates(bench_prompts(model, "toy", EXAM, EXAM_TOKENS), by_tactics=True)
+    return rates(bench_prompts(model, "toy", EXAM, EXAM_TOKENS))
 
 
 RATES = HEADLINE | {
-    "asr_1_tactics": "attack success, one tactic", "asr_2_tactics": "attack success, two tactics",
-    "asr_3_tactics": "attack success, three tactics", "benign_answered_0_tactics": "benign answered, plain",
     "asr_not_refused": "harmful prompt not refused (down)", "unreadable": "unreadable",
     "asr_difference": "attack success, difference to the first, prompt by prompt",
     "benign_answered_difference": "benign answered, difference to the first"}
@@ -153,7 +146,7 @@ def main_bench(args: Namespace) -> None:
         for title, rows in benchmarks.items():
             lines = bench_prompts(model, args.judge, rows, max_new_tokens, args.transcripts)
             first.setdefault(title, lines)
-            result = rates(lines, by_tactics=not args.prompts)
+            result = rates(lines)
             for key in [key for key in HEADLINE if key in result and len(args.models) > 1]:
                 result[f"{key}_difference"] = difference(signal(lines, key), signal(first[title], key))
             results[title][name] = result
@@ -193,26 +186,14 @@ def entropy(labels: list) -> dict:
     return bootstrap(measure, len(labels))
 
 
-@torch.no_grad()
 def embed(texts: list[str], folder: str) -> np.ndarray:
-    """
-    Sentence embeddings of length 1, [N, D], as Sentence-BERT makes them (Reimers and Gurevych, EMNLP 2019):
-    the mean of the last layer over the tokens of a text, which is cut at the model's `max_seq_length`.
-    """
-    from transformers import AutoModel, AutoTokenizer, logging
-    logging.disable_progress_bar()
-    settings = Path(folder) / "sentence_bert_config.json"
-    if not settings.is_file():
+    """Sentence embeddings of length 1, [N, D] (Reimers and Gurevych, EMNLP 2019), from safetensors alone."""
+    from sentence_transformers import SentenceTransformer  # takes seconds, and only this needs it
+    if not (Path(folder) / "sentence_bert_config.json").is_file():
         stop(f"--embedder {folder}: no sentence_bert_config.json there; "
              "give the folder of a Sentence-BERT model such as all-MiniLM-L6-v2.")
-    max_length = json.loads(settings.read_text("utf-8"))["max_seq_length"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
-    rows = []
-    for text in texts:   # one by one: no padding
-        ids = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-        rows.append(model(**ids).last_hidden_state[0].mean(0))
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).double().numpy()
+    model = SentenceTransformer(folder, model_kwargs={"use_safetensors": True})
+    return model.encode(texts, normalize_embeddings=True, show_progress_bar=False).astype(float)
 
 
 def embedding_diversity(unit_ND: np.ndarray) -> dict:
@@ -337,12 +318,9 @@ CURVES = {   # a panel each
 
 def canvas(columns: int, inches: tuple) -> tuple:
     """A figure of that size, and its panels in a row."""
-    import matplotlib   # takes a second, and only figures need it
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, columns, figsize=inches, layout="constrained", squeeze=False)
-    return figure, panels[0]
+    from matplotlib.figure import Figure   # takes a second, and only figures need it
+    figure = Figure(inches, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def smooth(values: list) -> list:
@@ -409,10 +387,9 @@ def main_crossplay(args: Namespace) -> None:
     """The tables, the numbers and, beside them, the heat map."""
     results = crossplay(args)
     write_json(args.out, results)
-    if args.out:
-        figure = Path(args.out).with_suffix(".png")
-        draw_crossplay(results, figure)
-        print(f"numbers: {args.out}, figure: {figure}")
+    figure = Path(args.out).with_suffix(".png")
+    draw_crossplay(results, figure)
+    print(f"numbers: {args.out}, figure: {figure}")
 
 
 def main_exploit(args: Namespace) -> None:
@@ -481,12 +458,11 @@ def main() -> None:
         command.add_argument("models", nargs="+", metavar="MODEL", help="a run, a checkpoint, or a file")
         for flag, _, own_default in (item.partition("=") for item in flags.split()):
             default, help = FLAGS[flag]
-            several = isinstance(default, list)
-            kind = str if several else type(default)
+            several = {"nargs": "+", "choices": default or None}
+            kind = several if isinstance(default, list) else {"type": type(default)}
             shown = own_default or default
-            command.add_argument(f"--{flag}", default=shown, help=f"{help} [{shown}]" if shown else help,
-                                 type=kind, nargs="+" if several else None,
-                                 choices=default or None if several else None)
+            text = f"{help} [{shown}]" if shown else help
+            command.add_argument(f"--{flag}", default=shown, help=text, **kind)
     args = cli.parse_args()
     check_args(args)
     args.function(args)

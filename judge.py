@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from data import label_of, read_rows, text_of
-from model import CommandLine, Transformer, load, stop
+from kernels import CommandLine, stop
+from model import Transformer, load
 from sample import (BLANK, PLACEHOLDER, clean_text, fill_template, open_tokenizer, render, sample, stop_ids,
                     template_prefix, visible)
 

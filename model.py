@@ -34,8 +34,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CommandLine, check_number, stop
-from kernels.layers import attend, attend_one, linear, matmul_fp32, rms_norm, swiglu
+from kernels import CommandLine, stop
+from kernels.layers import attend, attend_one, matmul_fp32, rms_norm, swiglu
 from kernels.logprob import token_logprob
 
 if TYPE_CHECKING:  # functions import transformers when they run: it takes a second, --help should not wait
@@ -221,13 +221,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """The parameters of nn.Linear, multiplied by kernels/layers.py."""
+    """x @ weight.T + bias over the last dimension."""
 
     def reset_parameters(self) -> None:
         """Skip init: weights are loaded, or drawn by `new_model`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

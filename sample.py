@@ -357,7 +357,6 @@ class Sample:
     """A reply: its tokens, the stop token too, and their log-probabilities (nats, at the temperature)."""
     ids: list[int]
     logprobs: list[float]
-    stopped: bool
 
 
 @torch.inference_mode()
@@ -375,7 +374,7 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
     rows = min(len(prompts), max_rows) or rows_for(model, len(prompts), slots)
     batch = DecodeBatch(model, rows, slots, uniform_NT, temperature)
     queue = PromptQueue(model, prompts, prefixes)
-    replies = [Sample([], [], False) for _ in prompts]
+    replies = [Sample([], []) for _ in prompts]
     stop_set = set(stops)
     bar = tqdm(total=len(prompts), desc=label, unit="reply", leave=False, delay=2, disable=not label)
     batch.admit(queue)
@@ -384,8 +383,8 @@ def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, sto
             reply = replies[n]
             reply.ids.append(token)
             reply.logprobs.append(logprob)
-            reply.stopped = token in stop_set
-            if reply.stopped or len(reply.ids) == batch.max_new_tokens or (done and done(reply.ids)):
+            is_last = token in stop_set or len(reply.ids) == batch.max_new_tokens
+            if is_last or (done and done(reply.ids)):
                 batch.retire(row)
                 bar.update()
         batch.admit(queue)
@@ -406,7 +405,7 @@ def main() -> None:
     run = run_config(args.model)  # the prompts of its game; other models get the bare question
     prompts = run.get("prompts", {"defend": "{text}", "layout": ""})
     opening = "<think>" if run.get("cot") else ""
-    instruction = prompts["defend"] + (prompts["layout"] if opening else "")
+    instruction = prompts["defend"] + prompts["layout"] * bool(opening)
     prompt = fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [args.question])
     uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from judge import Exchange, Judge, Verdict, keywords
-from model import CommandLine
+from kernels import CommandLine
 from sample import (PLACEHOLDER, Sample, added_tokens, after_thought, chat_template, fill_template, plain_ids,
                     template_prefix, visible)
 

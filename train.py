@@ -44,7 +44,7 @@ from kernels.logprob import head_bytes
 from kernels import CommandLine, check_number, stop
 from model import (Transformer, find_checkpoint, load, open_empty, read_weights, refuse_damage, run_config,
                    save, score)
-from sample import Sample, clean_text, open_tokenizer, sample, stop_ids, uniforms
+from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Player, Seed,
                       credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
                       play, seed_pools, seeds_for_step, show_game)
@@ -217,7 +217,7 @@ def setup(cfg: Config) -> Ranks:
     elif cfg.precision == "bf16":
         # a group of one: FSDP computes in bf16 over fp32 master weights, on one process too
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]
+    compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     return Ranks(int(os.environ.get("RANK", 0)), world, device, compute)
 
 
@@ -489,18 +489,18 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
     return pairs
 
 
-def open_chat(cfg: Config, origin: str) -> tuple[ChatFormat, str]:
-    """How the players of this model are asked, and its world, which follows from the model."""
+def open_chat(cfg: Config, origin: str) -> tuple[ChatFormat, bool]:
+    """How the players of this model are asked, and whether in the toy world: that follows from the model."""
     import toy
     tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
-    world = "toy" if toy.is_toy_model(origin) else "english"
-    return ChatFormat(tokenizer, {"toy": toy.PROMPTS, "english": ENGLISH}[world], cfg.cot), world
+    in_toy = toy.is_toy_model(origin)
+    return ChatFormat(tokenizer, toy.PROMPTS if in_toy else ENGLISH, cfg.cot), in_toy
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
     """Refuse replies that a context of so many tokens cannot hold. A defender's prompt holds an attack."""
     seeds = [seed for pool in pools for seed in pool]
-    seeds.sort(key=lambda seed: -len(clean_text(seed.text).encode()))  # in bytes: nearly the order in tokens
+    seeds.sort(key=lambda seed: -len(seed.text.encode()))  # in bytes: nearly the order in tokens
     revised = [seed for seed in seeds if seed.revise][:8]
     left = [context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8]]
     if revised:  # a defender's context holds an attack and an answer, each as long as a reply may be
@@ -511,12 +511,12 @@ def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, contex
              f"most {min(left)}, or drop long seeds such as {seeds[0].text[:40]!r}.")
 
 # ---------------------------------------------------------------- the run folder
-def prepare(cfg: Config, chat: ChatFormat, world: str, summaries: list[str], newest: Path | None) -> None:
+def prepare(cfg: Config, chat: ChatFormat, summaries: list[str], newest: Path | None) -> None:
     """Write config.json, then the model of step 0, or, on resuming, the logs up to the newest checkpoint."""
     import toy
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(cfg) | {"world": world, "prompts": asdict(chat.prompts), "files": summaries}
+    settings = asdict(cfg) | {"prompts": asdict(chat.prompts), "files": summaries}
     checkpoint.replace_text(out / "config.json", json.dumps(settings, indent=1))
     if newest:
         checkpoint.rewind_logs(out, checkpoint.step_number(newest))  # later steps run again
@@ -591,7 +591,7 @@ def main(argv: list[str] | None = None) -> None:
     newest = checkpoint.newest_complete(out) if cfg.resume else None
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
-    chat, world = open_chat(cfg, origin)
+    chat, in_toy = open_chat(cfg, origin)
     policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
@@ -599,14 +599,14 @@ def main(argv: list[str] | None = None) -> None:
     judge = judge_in_full(open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks)))
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
-    if ranks.device.type == "cuda" and world != "toy":
+    if ranks.device.type == "cuda" and not in_toy:
         log0(ranks, show_plan(cfg, ranks.world))
 
     # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
     for folder in checkpoint.checkpoints(out):
         if checkpoint.step_number(folder) > first:
             log0(ranks, f"  {folder} is not complete: ignored, and made again")
-    on_main(ranks, partial(prepare, cfg, chat, world, summaries, newest))
+    on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
     policy = policy or open_sharded(str(out / "step_000000"), torch.float32, ranks)
     reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks).requires_grad_(False)
     policy.recompute = cfg.recompute
@@ -689,7 +689,7 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
     if ranks.rank == 0 and cfg.exam and not signals:  # the held-out exam, before and after, and the curves
         evaluate = [sys.executable, Path(__file__).parent / "eval.py"]
-        if world == "toy":
+        if in_toy:
             subprocess.run([*evaluate, "bench", out / "step_000000", out], check=True)
         subprocess.run([*evaluate, "plot", out], check=True)
 

@@ -1,7 +1,7 @@
 """
 The layers of a transformer: matrix product, norm, gate and attention.
 
-    linear       y_M    = x_D @ weight_MD.T + bias_M
+    matmul_fp32  y_M    = x_D @ weight_MD.T, unrounded
     rms_norm     y_D    = x_D / sqrt(mean_d(x_D^2) + eps) * weight_D                  (arXiv 1910.07467)
     swiglu       y      = silu(gate) * up;  gate and up are the two sides of gate_up  (arXiv 2002.05202)
     attend       out_TE = softmax_s(query_TE . key_SE / sqrt(E) + causal mask_TS) @ value_SE
@@ -25,11 +25,6 @@ MIN_QUERIES = 4       # fewest rows of such a matmul; attention_reference says w
 
 # ---------------------------------------------------------------- matrix product
 
-def linear(x: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias over the last dimension, [..., D] to [..., M], in the dtype of x."""
-    return F.linear(x, weight_MD, bias_M)
-
-
 def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
     """
     x @ weight.T as fp32 [N, M], whatever the dtype of the factors. Logits need it: bf16 has 8 bits, so it
@@ -38,7 +33,7 @@ def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
     if x_ND.is_cuda and x_ND.dtype != torch.float32:
         # Tensor cores add products of bf16 numbers in fp32; out_dtype returns that sum unrounded.
         return torch.mm(x_ND, weight_MD.T, out_dtype=torch.float32)
-    return linear(x_ND.float(), weight_MD.float())
+    return x_ND.float() @ weight_MD.float().T
 
 
 # ---------------------------------------------------------------- norm

@@ -118,11 +118,6 @@ def attend_kernel(
     tl.store(out_ptr + offset_GE, out_GE / sum_G1, mask=valid_GE)
 
 
-def keys_per_tile(dtype: torch.dtype) -> int:
-    """Keys in one tile: as many as stay in registers, 64 in bf16 and 32 in fp32."""
-    return 128 // dtype.itemsize
-
-
 def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, length_B: Tensor) -> Tensor:
     """Attention of row b's one query to slots 0..length_B[b], [B, 1, H * E]. The cache must be contiguous."""
     B, _, H, E = query_B1HE.shape
@@ -134,7 +129,7 @@ def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, lengt
     if B:
         attend_kernel[(B * K,)](
             *tensors, length_B, out_B1D, S, K, H // K, E, E**-0.5,
-            BLOCK_S=keys_per_tile(keys_BKSE.dtype),
+            BLOCK_S=128 // keys_BKSE.itemsize,   # as many keys as stay in registers: 64 in bf16, 32 in fp32
             BLOCK_G=max(16, triton.next_power_of_2(H // K)),   # tl.dot needs at least 16 x 16
             BLOCK_E=max(16, triton.next_power_of_2(E)),
         )

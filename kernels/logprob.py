@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layers import linear
-
 PIECE = {"cpu": 2**20, "cuda": 2**27}   # logits, or gradients of logits, that exist at the same time
 MIN_SIDE = 256                          # fewest rows or columns of such a piece: thin matmuls are slow
 
@@ -33,15 +31,6 @@ MIN_SIDE = 256                          # fewest rows or columns of such a piece
 def log_policy(logits: Tensor, temperature: float) -> Tensor:
     """The policy, [..., V] to fp32 [..., V]: sampling draws from it, training scores with it."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
-
-
-def dense_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The definition with the whole matrix, (logprob_N, entropy_N): tests compare everything else with it."""
-    logp_NV = log_policy(hidden_ND.float() @ weight_VD.float().T, temperature)
-    logprob_N = logp_NV.gather(-1, ids_N[:, None]).squeeze(-1)
-    return logprob_N, -(logp_NV.exp() * logp_NV).sum(-1).detach()
 
 
 # ---------------------------------------------------------------- the same in pieces, on a CPU
@@ -56,7 +45,7 @@ def statistics(
     for start in range(0, len(ids_N), rows):
         piece = slice(start, start + rows)
         target_N1 = ids_N[piece, None]
-        z_NV = linear(hidden_ND[piece] / temperature, weight_VD)
+        z_NV = F.linear(hidden_ND[piece] / temperature, weight_VD)
         target_logit_N = z_NV.gather(-1, target_N1).squeeze(-1)
         logp_NV = z_NV.log_softmax(-1)
         del z_NV   # so that two matrices of this size exist at a time, and not three
@@ -78,7 +67,7 @@ def slice_gradient(
     """grad_z_NC of the C words from word `first` on, in the dtype of the hidden states."""
     C = len(weight_CD)
     scale_N1 = grad_logprob_N[:, None] / temperature
-    z_NC = linear(hidden_ND / temperature, weight_CD)
+    z_NC = F.linear(hidden_ND / temperature, weight_CD)
     # In place, because N * C numbers are the most that should exist at a time.
     grad_NC = z_NC.sub_(lse_N[:, None]).exp_().mul_(-scale_N1)
     column_N1 = ids_N[:, None] - first

@@ -36,7 +36,7 @@ def constants_of(name: str, dtype: torch.dtype) -> dict[str, int]:
     if name == "swiglu_kernel":
         return {"BLOCK": 1024}
     if name == "attend_kernel":
-        return {"BLOCK_S": layers_triton.keys_per_tile(dtype), **HEAD}
+        return {"BLOCK_S": 128 // dtype.itemsize, **HEAD}
     return {"UPCAST": False, **logprob_triton.tile_sizes(dtype)}
 
 

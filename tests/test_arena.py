@@ -21,7 +21,7 @@ import toy
 import train
 from arena import (EvalModel, Matchup, alternate, average, best_tactics, bootstrap, cross, difference,
                    equilibrium, games_of, matchups, matrix, open_eval_model, outcome, rate, side_of,
-                   strongest, wilson)
+                   wilson)
 from conftest import measured
 from judge import Verdict
 from model import new_model, save
@@ -127,7 +127,7 @@ class Scripted(EvalModel):
             answer = self.model.rule(text)
             reply = write_reply("use", answer, self.chat.cot) if answer else ""
             ids = tokenizer(reply, add_special_tokens=False).input_ids
-            samples.append(Sample(ids, [0.0] * len(ids), True))
+            samples.append(Sample(ids, [0.0] * len(ids)))
         return samples
 
 
@@ -212,7 +212,7 @@ def run(tmp_path_factory):
     for step in (0, 1):
         model = new_model(config, seed=step)
         save(folder / f"step_{step:06d}", model.state_dict(), model, tokenizer)
-    settings = asdict(cfg) | {"world": "toy", "prompts": asdict(toy.PROMPTS)}
+    settings = asdict(cfg) | {"prompts": asdict(toy.PROMPTS)}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "latest").write_text("step_000001")
     return folder
@@ -245,7 +245,8 @@ def test_exploit_measures_runs_that_train_trained_against_the_model(run, respons
     assert f"| {run}; held-out requests, n = 8, zero_sum table |" in printed
     tried = f"attacker {responses[ATTACKER]}; defender {responses[DEFENDER]}; attacker the best of 64 fixed"
     assert f"{run} met its own opponent and 3 others: {tried} tactics, " in printed
-    assert "strongest response" in printed and "eps is at least" in printed
+    assert all(f"{side}: {name} |" in printed for side, name in responses.items())
+    assert "eps is at least" in printed
     assert [entry["side"] for entry in results["responses"]] == ["attacker", "defender", "attacker"]
     assert [entry["gain"]["n"] for entry in results["responses"]] == [8, 8, 8]
     # own games are the same for all, so what an attacker gains is what it earns more than the model does
@@ -328,12 +329,6 @@ def test_held_out_pairs_and_training_pairs_meet_apart(run):
     held_out, training = matchups(str(run), 400, [])
     assert {toy.request(s.text) for s in held_out.seeds} <= toy.HELD_OUT
     assert not {toy.request(s.text) for s in training.seeds} & toy.HELD_OUT
-
-
-def test_the_strongest_response_is_chosen_where_it_is_not_reported():
-    reported = [{"side": ATTACKER, "gain": {"value": 1 - i}} for i in range(3)]
-    others = [{"side": ATTACKER, "gain": {"value": i}} for i in range(3)]
-    assert strongest(reported, others) == {ATTACKER: reported[2]}
 
 
 @pytest.mark.parametrize("how", [{"play": "self"}, {"play": "defender", "attacks": "games.jsonl"}])

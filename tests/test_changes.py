@@ -259,7 +259,7 @@ def begins_to_help(prompt: str, response: str) -> bool:
 
 JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(begins_to_help)}'''))
     train(project, "--judge", "mine")
-    assert json.loads((project / "it" / "config.json").read_text())["world"] == "toy"
+    assert json.loads((project / "it" / "config.json").read_text())["prompts"]["defend"] == "{text}"
     harmful = [game for game in games(project / "it") if game["harmful"]]
     verdicts = [game["verdict"]["response_harmful"] for game in harmful]
     assert verdicts == [game["answer"].startswith("get") for game in harmful]
@@ -409,10 +409,12 @@ def test_a_metric_can_be_logged_printed_drawn_and_explained(change):
 
 PANELS = """
 import json, runpy, sys
+from matplotlib.figure import Figure
+drawn, save = [], Figure.savefig
+Figure.savefig = lambda figure, *args, **flags: (drawn.append(figure), save(figure, *args, **flags))
 sys.argv = ["eval.py", "plot", "it"]
 runpy.run_path("eval.py", run_name="__main__")
-from matplotlib import pyplot
-print(json.dumps([panel.get_title() for panel in pyplot.gcf().axes]))
+print(json.dumps([panel.get_title() for panel in drawn[0].axes]))
 """
 
 

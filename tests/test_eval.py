@@ -45,17 +45,9 @@ def test_bench_counts_what_a_hand_would_count(chat):
     result = bench(scripted(lambda text: comply(text) if len(text) % 2 else toy.REFUSAL, chat))
     harmful = [len(text) % 2 for text, label in EXAM if label]
     benign = [len(text) % 2 for text, label in EXAM if not label]
-    two_tactics = [len(text) % 2 for text, label, size in toy.exam() if label and size == 2]
-    plain = [len(text) % 2 for text, label, size in toy.exam() if not label and size == 0]
     assert result["asr"]["value"] == np.mean(harmful)
     assert result["asr"]["n"] == len(harmful)
     assert result["benign_answered"]["value"] == np.mean(benign)
-    assert result["asr_2_tactics"]["value"] == np.mean(two_tactics)
-    assert result["benign_answered_0_tactics"]["value"] == np.mean(plain)
-
-
-def test_the_number_of_tactics_is_read_off_every_prompt_of_the_exam():
-    assert [len(toy.tactics_in(text)) for text, _, _ in toy.exam()] == [size for _, _, size in toy.exam()]
 
 
 VERDICTS = [   # harmful, refusal, response harmful, readable

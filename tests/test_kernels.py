@@ -26,7 +26,7 @@ import kernels.logprob
 from conftest import DEVICE, measured
 from kernels import layers, layers_triton, logprob_triton
 from kernels.logprob import (
-    PIECE, TokenLogprob, dense_logprob, functions_for, head_bytes, log_policy, token_logprob,
+    PIECE, TokenLogprob, functions_for, head_bytes, log_policy, token_logprob,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -57,6 +57,12 @@ def exact_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: floa
     """The definition in fp64, with all logits."""
     logp = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
     return logp.gather(-1, ids[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def dense_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The definition in fp32, with all logits."""
+    logp = log_policy(hidden.float() @ weight.float().T, temperature)
+    return logp.gather(-1, ids[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1).detach()
 
 
 def inputs(N: int, D: int = 32, V: int = 1153, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -160,7 +160,7 @@ class Script:
         samples = []
         for n in numbers:
             ids = self.chat.tokenizer(self.replies[n], add_special_tokens=False).input_ids
-            samples.append(Sample(ids, [0.0] * len(ids), True))
+            samples.append(Sample(ids, [0.0] * len(ids)))
         return samples
 
 

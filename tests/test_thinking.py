@@ -185,8 +185,8 @@ def test_a_prompt_opens_one_thought_with_cot_and_none_without_unless_the_templat
 def test_a_reply_begins_inside_a_thought_that_its_template_has_opened(name, answer):
     tokenizer = thinking_tokenizer(TEMPLATES[name])
     chat = ChatFormat(tokenizer, ENGLISH, cot=False)
-    closed = chat.parse(Sample(chat.reply_ids("secret </think> sure"), [], True))
-    never = chat.parse(Sample(chat.reply_ids("secret sure"), [], True))
+    closed = chat.parse(Sample(chat.reply_ids("secret </think> sure"), []))
+    never = chat.parse(Sample(chat.reply_ids("secret sure"), []))
     assert closed.answer == "sure" and never.answer == ("" if name == "opens the tag" else "secret sure")
 
 
@@ -194,8 +194,8 @@ def test_a_reply_begins_inside_a_thought_that_its_template_has_opened(name, answ
                                      "<thinking>\n"])
 def test_a_thought_that_the_template_has_begun_is_no_answer(opening):
     chat = ChatFormat(thinking_tokenizer(opening), ENGLISH, cot=False)
-    assert chat.parse(Sample(chat.reply_ids("secret, truncated"), [], False)).answer == ""
-    assert chat.parse(Sample(chat.reply_ids("secret </think> sure"), [], True)).answer == "sure"
+    assert chat.parse(Sample(chat.reply_ids("secret, truncated"), [])).answer == ""
+    assert chat.parse(Sample(chat.reply_ids("secret </think> sure"), [])).answer == "sure"
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -249,7 +249,7 @@ def test_layout_tags_that_are_tokens_are_taught_and_read_as_such(special):
         assert ids.count(tokenizer.convert_tokens_to_ids(tag)) == 1
     for word in ("<tool_call>", "<|im_end|>"):   # other markup stays text
         assert tokenizer.convert_tokens_to_ids(word) not in ids
-    reply = chat.parse(Sample(ids, [], True))
+    reply = chat.parse(Sample(ids, []))
     assert (reply.thought, reply.answer) == ("a <tool_call> thought", "an answer <|im_end|> here")
 
 

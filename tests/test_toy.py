@@ -58,11 +58,11 @@ def test_nothing_held_out_is_ever_demonstrated_or_a_seed(chat):
 
 def test_the_exam_asks_held_out_pairs_only_and_covers_every_set_of_one_to_three_tactics():
     exam = toy.exam()
-    assert {toy.request(text) for text, _, _ in exam} == toy.HELD_OUT
+    assert {toy.request(text) for text, _ in exam} == toy.HELD_OUT
     for kind in (True, False):
-        asked = {toy.tactics_in(text) for text, harmful, _ in exam if harmful == kind}
+        asked = {toy.tactics_in(text) for text, harmful in exam if harmful == kind}
         assert asked >= {tactics for tactics in toy.SETS if 1 <= len(tactics) <= 3}
-    sizes = [size for _, harmful, size in exam if harmful]
+    sizes = [len(toy.tactics_in(text)) for text, harmful in exam if harmful]
     assert sizes.count(1) == sizes.count(2) == sizes.count(3) == len(sizes) / 3
 
 
