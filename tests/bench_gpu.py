@@ -32,7 +32,7 @@ GPU = Sizes(torch.bfloat16, [(16384, 4096, 128256), (16384, 3584, 152064), (1638
     "Llama-8B": (sized(LlamaConfig, 128256, 4096, 14336, 32, 32, 8), LONG),
     "Qwen2.5-7B": (sized(Qwen2Config, 152064, 3584, 18944, 28, 28, 4), LONG),
 }, Workload(128, (125, 117), (12, 40), 128, 1 / 50, rows=64), micro_tokens=16384, rounds=20, patience_s=5)
-STEP_MODELS = {"Qwen2.5-0.5B": True, "Qwen2.5-7B": False}   # whether 80 GB hold transformers' model as well
+STEP_MODELS = {"Qwen2.5-0.5B": True, "Qwen2.5-7B": False}   # room for transformers', too; else recompute
 # Set on paper, before any GPU ran this: of a row, or of one model's or shape's; without a unit, of the share
 GOALS = {
     "forward": "H1: >= 0.70", "forward, 16384 x 896 x 151936": "H6: >= 0.50",
@@ -164,7 +164,7 @@ class Measurements:
                  "all three": partial(self.timed, lambda: (pair.our_play(), score(), update())[2], n)}
         what = "update of transformers vs ours"
         if not STEP_MODELS[name]:
-            return parts | {what: partial(dict, note="left out: two such models do not fit in 80 GB")}
+            return parts | {what: partial(dict, note="left out: no room in 80 GB, and ours recomputes")}
         pair.theirs.requires_grad_(True)
         return parts | {what: partial(self.against, update, partial(pair.their_pass, pair.generate()))}
 

@@ -8,7 +8,7 @@ One call for the first GPU: what works, how fast, and how much memory. It writes
     toy     a short run of the embedded world
     alone   a model of Qwen2.5-0.5B's shape with random weights, bf16, recomputed activations, no judge model
     judge   the same with a judge model of the same shape
-    bench   tests/bench.py: its sections for a GPU, beside floors and goals; meant to take eight minutes at most
+    bench   tests/bench.py: its sections for a GPU, beside floors and goals; meant for eight minutes
 
 Each part is a command of its own. One that fails is written down, and the next one goes on.
 """
