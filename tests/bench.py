@@ -1,13 +1,12 @@
 """
 How fast the hand-written parts are beside what a user would install instead.
 
-    python tests/bench.py                                    # all sections, as one Markdown table
+    python tests/bench.py          # all sections, as one Markdown table; on a GPU those of bench_gpu.py
     python tests/bench.py sampler --models toy-sized --json bench.json
 
-    head      log-probability of tokens, forward and backward: beside the dense formula and TRL's chunked head
+    head      log-probability of tokens, forward and backward: beside the dense formula, and TRL if installed
     sampler   replies with log-probabilities: beside `generate` of transformers, in batches of like lengths
-    step      the parts of a training step: beside the same by a transformers model; and the mismatch of both,
-              |log-prob of the sampler - log-prob of the trainer| in nats a token
+    step      a training step's parts beside transformers'; |log-prob of sampler - of trainer|, nats a token
 
 Ours and the peers compute the same from the same weights, in turns in one process. Times are milliseconds for
 1,000 tokens (in sampler and step: of replies), medians with the distance of the quartiles. A ratio is the
@@ -19,7 +18,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,9 +29,9 @@ import kernels  # noqa: F401  before torch, which reads the OpenMP setting in th
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from kernels.logprob import token_logprob
+from kernels.logprob import log_policy, token_logprob
 from model import Transformer, score, unfuse
 from sample import Sample, sample, uniforms
 from selfplay import pack
@@ -40,24 +39,18 @@ from train import Ranks, micro_batches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 0.7          # of the head
-PATIENCE_S = 120           # a comparison that has taken longer stops after two rounds
 Run = Callable[[], int]    # something to time; it returns how many tokens it handled
 
-
 # ---------------------------------------------------------------- sizes
-
 @dataclass(frozen=True)
 class Workload:
-    """
-    Prompts to reply to: one of the shared prefixes, which have so many tokens, then between own[0] and own[1]
-    tokens of their own. A reply has at most new_tokens tokens and ends after each of them with this chance.
-    """
+    """Prompts to reply to: one of the shared prefixes, then tokens of their own."""
     prompts: int
-    prefixes: tuple[int, ...]
-    own: tuple[int, int]
-    new_tokens: int
-    end_chance: float
-    rows: int = 64   # prompts that decode at a time
+    prefixes: tuple[int, ...]   # their lengths in tokens
+    own: tuple[int, int]        # fewest and most tokens of a prompt's own
+    new_tokens: int             # most tokens of a reply
+    end_chance: float           # that a token is a reply's last
+    rows: int = 64              # prompts that decode at a time
 
 
 @dataclass(frozen=True)
@@ -69,37 +62,31 @@ class Sizes:
     step: Workload                      # of the first model
     micro_tokens: int                   # most tokens in one pass of a step
     rounds: int = 5                     # runs of each side that count
+    patience_s: float = 120             # a comparison that has taken longer stops after two rounds
 
 
 def sized(family: type, vocab: int, dim: int, ffn_dim: int, layers: int, heads: int, kv_heads: int,
-          deviation: float = 0.02) -> PreTrainedConfig:
+          deviation: float = 0.02, tied: bool = False) -> PreTrainedConfig:
     """A model with random weights of this standard deviation."""
     return family(vocab_size=vocab, hidden_size=dim, intermediate_size=ffn_dim, num_hidden_layers=layers,
-                  num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=deviation)
+                  num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=deviation,
+                  tie_word_embeddings=tied)
 
 
 # In the toy world prompts have 13 tokens, replies 17 on average, and the exam has 1,152 prompts. In English,
 # an attacker's instructions have 125 tokens where the seed is harmful, and 117 where it is benign.
-EXAM = Workload(1152, (), (8, 18), 48, 1 / 17)
 GAMES = Workload(256, (), (8, 18), 48, 1 / 17)
 CHAT = Workload(64, (125, 117), (12, 40), 48, 1 / 17)
-LONG = Workload(512, (125, 117), (12, 40), 128, 1 / 50, rows=128)
 CPU = Sizes(torch.float32, [(2048, 256, 4096), (512, 576, 49152)], {
-    "toy-sized": (sized(LlamaConfig, 160, 128, 512, 4, 4, 2, 0.1), EXAM),
+    "toy-sized": (sized(LlamaConfig, 160, 128, 512, 4, 4, 2, 0.1), replace(GAMES, prompts=1152)),
     "6M": (sized(LlamaConfig, 4096, 256, 1024, 4, 4, 2, 0.06), GAMES),
     "SmolLM2-sized": (sized(LlamaConfig, 49152, 576, 1536, 30, 9, 3, 0.04), CHAT),
 }, GAMES, micro_tokens=1024)
-GPU = Sizes(torch.bfloat16, [(16384, 4096, 128256), (16384, 3584, 152064), (16384, 896, 151936)], {
-    "Qwen2.5-0.5B": (sized(Qwen2Config, 151936, 896, 4864, 24, 14, 2), LONG),
-    "Qwen2.5-7B": (sized(Qwen2Config, 152064, 3584, 18944, 28, 28, 4), LONG),
-    "Llama-8B": (sized(LlamaConfig, 128256, 4096, 14336, 32, 32, 8), LONG),
-}, LONG, micro_tokens=16384)
-
 
 # ---------------------------------------------------------------- timing
-
 Row = dict[str, str | float]
-HEADER = "| section | what | ours, ms | ± | peer | peer, ms | ratio | |\n" + "| --- " * 8 + "|"
+HEADER = ("ms for 1,000 tokens\n\n| section | what | ours, ms | ± | peer | peer, ms | ratio | |\n"
+          + "| --- " * 8 + "|")
 COLUMNS = ("section", "what", "ours_ms:.0f", "spread_ms:.0f", "peer", "peer_ms:.0f", "ratio:.2f", "note")
 
 
@@ -109,12 +96,12 @@ def print_row(**row: str | float) -> Row:
     return row
 
 
-def in_turns(section: str, what: str, runs: dict[str, Run], rounds: int, note: str = "") -> list[Row]:
-    """Time all runs in turns, the first of which is ours, and return a row for each of the others."""
-    times: dict[str, list[float]] = {name: [] for name in runs}   # milliseconds for 1,000 tokens
+def time_in_turns(runs: dict[str, Run], sizes: Sizes) -> dict[str, list[float]]:
+    """Milliseconds for 1,000 tokens of runs that take turns; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     first = time.perf_counter()
-    for n in range(1 + rounds):
-        if n > 2 and time.perf_counter() - first > PATIENCE_S:
+    for n in range(1 + sizes.rounds):
+        if n > 2 and time.perf_counter() - first > sizes.patience_s:
             break
         for name, run in runs.items():
             start = time.perf_counter()
@@ -122,29 +109,32 @@ def in_turns(section: str, what: str, runs: dict[str, Run], rounds: int, note: s
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - start) * 1e6 / tokens)
-    (_, ours), *peers = [(name, values[1:]) for name, values in times.items()]   # the first round warms up
-    low, ours_ms, high = statistics.quantiles(ours, n=4)
-    rows = []
-    for name, theirs in peers:
-        ratio = statistics.median(peer / own for peer, own in zip(theirs, ours, strict=True))
-        rows.append(print_row(section=section, what=what, ours_ms=ours_ms, spread_ms=high - low, peer=name,
-                              peer_ms=statistics.median(theirs), ratio=ratio, note=note))
-    return rows
+    return {name: values[1:] for name, values in times.items()}
 
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(peer / own for peer, own in zip(theirs, ours, strict=True))
+
+
+def compare(section: str, what: str, runs: dict[str, Run], sizes: Sizes, note: str = "") -> list[Row]:
+    """Time all runs in turns, the first of which is ours, and return a row for each of the others."""
+    (_, ours), *peers = time_in_turns(runs, sizes).items()
+    low, ours_ms, high = statistics.quantiles(ours, n=4)
+    return [print_row(section=section, what=what, ours_ms=ours_ms, spread_ms=high - low, peer=name,
+                      peer_ms=statistics.median(theirs), ratio=median_ratio(ours, theirs), note=note)
+            for name, theirs in peers]
 
 # ---------------------------------------------------------------- head
-
 def dense_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> Tensor:
     """What most code does: all logits in the dtype of the model, then a log-softmax in fp32."""
-    logits_NV = (hidden_ND @ weight_VD.T).float() / TEMPERATURE
-    return logits_NV.log_softmax(-1).gather(1, ids_N[:, None]).squeeze(1)
+    return log_policy(hidden_ND @ weight_VD.T, TEMPERATURE).gather(1, ids_N[:, None]).squeeze(1)
 
 
 def trl_head(hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> Tensor:
     """TRL 1.16's chunked head with its own chunk size, and with the entropy, which ours returns, too."""
     from trl.kernels import ChunkedLogProbFunction
-    args = (hidden_ND, weight_VD, None, ids_N, TEMPERATURE, 32768, None, 1.0, ("entropy",))
-    return ChunkedLogProbFunction.apply(*args)[0]
+    options = (TEMPERATURE, 32768, None, 1.0, ("entropy",))
+    return ChunkedLogProbFunction.apply(hidden_ND, weight_VD, None, ids_N, *options)[0]
 
 
 def both_passes(head: Callable[..., Tensor], hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> int:
@@ -152,34 +142,39 @@ def both_passes(head: Callable[..., Tensor], hidden_ND: Tensor, weight_VD: Tenso
     return len(ids_N)
 
 
-def bench_head(sizes: Sizes, models: list[str]) -> list[Row]:
-    """Forward and backward. The note has the largest errors against fp64 over the first 256 tokens."""
-    heads = {"ours": lambda *t: token_logprob(*t, TEMPERATURE)[0], "dense": dense_head}
-    if has_trl := all(find_spec(name) for name in ("trl", "accelerate", "datasets")):   # trl needs the others
-        heads["TRL"] = trl_head
-    rows = []
-    for N, D, V in sizes.heads:
-        torch.manual_seed(0)
-        hidden_ND = (torch.randn(N, D, device=DEVICE) * 8 / D**0.5).to(sizes.dtype).requires_grad_()
-        weight_VD = torch.randn(V, D, device=DEVICE).to(sizes.dtype).requires_grad_()
-        ids_N = torch.randint(V, (N,), device=DEVICE)
-        with torch.no_grad():
-            exact_NV = (hidden_ND[:256].double() @ weight_VD.double().T / TEMPERATURE).log_softmax(-1)
-            exact_N = exact_NV.gather(1, ids_N[:256, None]).squeeze(1)
+HEADS = {"ours": lambda *tensors: token_logprob(*tensors, TEMPERATURE)[0], "dense": dense_head}
+if all(find_spec(name) for name in ("trl", "accelerate", "datasets")):   # trl needs the others
+    HEADS["TRL"] = trl_head
 
-        errors = []
-        for name, head in heads.items():
-            error = (head(hidden_ND, weight_VD, ids_N)[:256] - exact_N).abs().max()
-            errors.append(f"{name} {error:.0e}")
-        runs = {name: partial(both_passes, head, hidden_ND, weight_VD, ids_N) for name, head in heads.items()}
-        rows += in_turns("head", f"{N} x {D} x {V}", runs, sizes.rounds, "errors: " + ", ".join(errors))
-        if not has_trl:
-            rows.append(print_row(**rows[-1] | dict(peer="TRL", peer_ms=0, ratio=0, note="not installed")))
+
+def head_inputs(N: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden_ND, weight_VD and ids_N; logits have a standard deviation of 8."""
+    torch.manual_seed(0)
+    hidden_ND = (torch.randn(N, D, device=DEVICE) * 8 / D**0.5).to(dtype).requires_grad_()
+    weight_VD = torch.randn(V, D, device=DEVICE, dtype=dtype).requires_grad_()
+    return hidden_ND, weight_VD, torch.randint(V, (N,), device=DEVICE)
+
+
+@torch.no_grad()
+def head_error(name: str, hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor) -> float:
+    """The largest error against fp64 over the first 256 tokens, nats."""
+    exact_NV = (hidden_ND[:256].double() @ weight_VD.double().T / TEMPERATURE).log_softmax(-1)
+    exact_N = exact_NV.gather(1, ids_N[:256, None]).squeeze(1)
+    return (HEADS[name](hidden_ND, weight_VD, ids_N)[:256] - exact_N).abs().max().item()
+
+
+def bench_head(sizes: Sizes, models: list[str]) -> list[Row]:
+    """Forward and backward."""
+    rows = []
+    for shape in sizes.heads:
+        tensors = head_inputs(*shape, sizes.dtype)
+        errors = [f"{name} {head_error(name, *tensors):.0e}" for name in HEADS]
+        runs = {name: partial(both_passes, head, *tensors) for name, head in HEADS.items()}
+        what = " x ".join(map(str, shape))
+        rows += compare("head", what, runs, sizes, "errors: " + ", ".join(errors))
     return rows
 
-
 # ---------------------------------------------------------------- one model, here and in transformers
-
 @dataclass
 class Replies:
     """A batch of replies by transformers. Rows are padded on the left; the last T columns are the replies."""
@@ -198,35 +193,42 @@ class Replies:
         return logp_BTV.gather(2, self.whole_BS[:, -T:, None]).squeeze(2)
 
 
-class Pair:
-    """
-    Our model and that of transformers with the same random weights, and the workload of both. The methods
-    that return int are things to time: they return how many tokens of replies they handled.
-    """
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> Transformer:
+    """Random weights, drawn on the device: norms 1, all else normal."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype).requires_grad_(False)
+    model.to_empty(device=DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=config.initializer_range)
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+    return model
 
-    def __init__(self, config: PreTrainedConfig, workload: Workload, sizes: Sizes):
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            self.ours = Transformer(config).to(sizes.dtype).requires_grad_(False)
-            self.theirs = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype).requires_grad_(False)
-        for name, parameter in self.ours.named_parameters():
-            if not name.endswith("norm.weight"):
-                parameter.normal_(std=config.initializer_range)
-        self.theirs.load_state_dict(unfuse(self.ours.state_dict(), self.ours.config))
+
+class Pair:
+    """Our model and that of transformers with the same random weights, and prompts for both."""
+
+    def __init__(self, config: PreTrainedConfig, workload: Workload, sizes: Sizes, with_peer: bool = True):
+        self.ours = random_model(config, sizes.dtype)
+        if with_peer:
+            with torch.device(DEVICE):
+                self.theirs = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype)
+            self.theirs.requires_grad_(False)
+            weights = unfuse(self.ours.state_dict(), self.ours.config)
+            self.theirs.load_state_dict(weights, strict=not config.tie_word_embeddings)
         rng = np.random.default_rng(0)
         self.workload = workload
         self.micro_tokens = sizes.micro_tokens
         self.prefixes = [rng.integers(1, config.vocab_size, length).tolist() for length in workload.prefixes]
         self.prompts = []
-        for n in range(workload.prompts):
+        for n, length in enumerate(rng.integers(workload.own[0], workload.own[1] + 1, workload.prompts)):
             prefix = self.prefixes[n % len(self.prefixes)] if self.prefixes else []
-            length = rng.integers(workload.own[0], workload.own[1] + 1)
             self.prompts.append(prefix + rng.integers(1, config.vocab_size, length).tolist())
         self.prompts.sort(key=len, reverse=True)   # so that batches of theirs have like lengths
         self.stops = list(range(1, 1 + round(workload.end_chance * config.vocab_size)))
 
     def sample(self) -> list[Sample]:
-        """Ours."""
         work = self.workload
         uniform_NT = uniforms(0, 0, range(work.prompts), 0, work.new_tokens)
         return sample(self.ours, self.prompts, uniform_NT, self.stops, 1.0, self.prefixes, max_rows=work.rows)
@@ -240,17 +242,17 @@ class Pair:
     def generate_batch(self, prompts: list[list[int]]) -> Replies:
         longest = len(prompts[0])
         ids_BS = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
-        attention_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+        mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
         output = self.theirs.generate(
-            ids_BS, attention_mask=attention_BS, max_new_tokens=self.workload.new_tokens, do_sample=True,
-            top_k=0, top_p=1.0, temperature=1.0, eos_token_id=self.stops, pad_token_id=0, output_logits=True,
-            return_dict_in_generate=True)
+            ids_BS, attention_mask=mask_BS, max_new_tokens=self.workload.new_tokens, do_sample=True, top_k=0,
+            eos_token_id=self.stops, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
         drawn_BT = output.sequences[:, longest:]
         is_stop_BT = torch.isin(drawn_BT, torch.tensor(self.stops, device=DEVICE))
         reply_BT = is_stop_BT.cumsum(1) - is_stop_BT.long() == 0   # up to the first stop, which is included
-        logp_TBV = torch.stack(output.logits).float().log_softmax(-1)
-        logprob_BT = logp_TBV.gather(2, drawn_BT.T[..., None]).squeeze(2).T
-        return Replies(output.sequences, torch.cat((attention_BS, reply_BT.long()), 1), reply_BT, logprob_BT)
+        steps = zip(output.logits, drawn_BT.T[..., None], strict=True)
+        logprobs = [log_policy(logits_BV, 1.0).gather(1, drawn_B1) for logits_BV, drawn_B1 in steps]
+        attention_BS = torch.cat((mask_BS, reply_BT.long()), 1)
+        return Replies(output.sequences, attention_BS, reply_BT, torch.cat(logprobs, 1))
 
     def our_play(self) -> int:
         return sum(len(reply.ids) for reply in self.sample())
@@ -258,38 +260,42 @@ class Pair:
     def their_play(self) -> int:
         return sum(int(batch.reply_BT.sum()) for batch in self.generate())
 
-    def our_pass(self, replies: list[Sample], backward: bool) -> int:
-        """Score the replies in micro-batches, as train.py does."""
+    def our_pass(self, replies: list[Sample]) -> int:
+        """Score the replies in micro-batches, as train.py does; outside of no_grad, backward as well."""
         lengths = [len(p) + len(r.ids) for p, r in zip(self.prompts, replies, strict=True)]
         for numbers in micro_batches(lengths, Ranks(0, 1, DEVICE), self.micro_tokens):
             prompts = [self.prompts[i] for i in numbers]
             ids_BT, mask_BT = pack(prompts, [replies[i].ids for i in numbers], device=DEVICE)
-            with torch.set_grad_enabled(backward):
-                total = score(self.ours, ids_BT, mask_BT)[0].sum()
-            if backward:
+            total = score(self.ours, ids_BT, mask_BT)[0].sum()
+            if total.requires_grad:
                 total.backward()
         return sum(len(reply.ids) for reply in replies)
 
-    def their_pass(self, batches: list[Replies], backward: bool) -> int:
+    def their_pass(self, batches: list[Replies]) -> int:
         for batch in batches:
-            with torch.set_grad_enabled(backward):
-                total = batch.score(self.theirs)[batch.reply_BT].sum()
-            if backward:
+            total = batch.score(self.theirs)[batch.reply_BT].sum()
+            if total.requires_grad:
                 total.backward()
         return sum(int(batch.reply_BT.sum()) for batch in batches)
 
-
 # ---------------------------------------------------------------- sampler and step
-
 def bench_sampler(sizes: Sizes, models: list[str]) -> list[Row]:
     rows = []
     for name in models:
-        config, workload = sizes.models[name]
-        pair = Pair(config, workload, sizes)
-        what = f"{name}, {workload.prompts} prompts over {workload.rows} rows"
+        pair = Pair(*sizes.models[name], sizes)
+        what = f"{name}, {len(pair.prompts)} prompts over {pair.workload.rows} rows"
         runs = {"ours": pair.our_play, "generate, log-probs": pair.their_play}
-        rows += in_turns("sampler", what, runs, sizes.rounds)
+        rows += compare("sampler", what, runs, sizes)
     return rows
+
+
+@torch.no_grad()
+def mismatches(pair: Pair, replies: list[Sample], batches: list[Replies]) -> tuple[Tensor, Tensor]:
+    """|log-prob of the sampler - log-prob of the trainer| of every token, nats: ours and theirs."""
+    ids, logprobs = [reply.ids for reply in replies], [reply.logprobs for reply in replies]
+    ids_BT, mask_BT, logprob_BT = pack(pair.prompts, ids, [logprobs], DEVICE)
+    ours_N = (score(pair.ours, ids_BT, mask_BT)[0] - logprob_BT)[mask_BT].abs()
+    return ours_N, torch.cat([(b.score(pair.theirs) - b.logprob_BT)[b.reply_BT].abs() for b in batches])
 
 
 def bench_step(sizes: Sizes, models: list[str]) -> list[Row]:
@@ -297,54 +303,48 @@ def bench_step(sizes: Sizes, models: list[str]) -> list[Row]:
     pair = Pair(sizes.models[models[0]][0], sizes.step, sizes)
     replies = pair.sample()
     batches = pair.generate()
-    logprobs = [reply.logprobs for reply in replies]
-    ids_BT, mask_BT, logprob_BT = pack(pair.prompts, [reply.ids for reply in replies], [logprobs], DEVICE)
-    with torch.no_grad():
-        ours_N = (score(pair.ours, ids_BT, mask_BT)[0] - logprob_BT)[mask_BT].abs()
-        theirs_N = torch.cat([(b.score(pair.theirs) - b.logprob_BT)[b.reply_BT].abs() for b in batches])
+    ours_N, theirs_N = mismatches(pair, replies, batches)
     note = f"mismatch: {ours_N.mean():.0e}, theirs {theirs_N.mean():.0e}"
     pair.ours.requires_grad_(True)
     pair.theirs.requires_grad_(True)
-    parts: dict[str, tuple[Run, Run]] = {
-        "play": (pair.our_play, pair.their_play),
-        "score": (partial(pair.our_pass, replies, False), partial(pair.their_pass, batches, False)),
-        "update": (partial(pair.our_pass, replies, True), partial(pair.their_pass, batches, True)),
-    }
+    ours, theirs = partial(pair.our_pass, replies), partial(pair.their_pass, batches)
+    parts = {"play": (pair.our_play, pair.their_play),
+             "score": (torch.no_grad()(ours), torch.no_grad()(theirs)),
+             "update": (ours, theirs)}
     rows = []
-    for part, sides in parts.items():
-        runs = dict(zip(("ours", "transformers"), sides, strict=True))
-        rows += in_turns("step", f"{part}, {models[0]}, {sizes.step.prompts} turns", runs, sizes.rounds)
+    for part, (ours, theirs) in parts.items():
+        what = f"{part}, {models[0]}, {sizes.step.prompts} turns"
+        rows += compare("step", what, {"ours": ours, "transformers": theirs}, sizes)
     total = {key: sum(row[key] for row in rows) for key in ("ours_ms", "spread_ms", "peer_ms")}
     total["ratio"] = total["peer_ms"] / total["ours_ms"]
     rows.append(print_row(**rows[0] | total | {"what": f"all three, {models[0]}", "note": note}))
     return rows
 
-
 # ---------------------------------------------------------------- the command line
-
 SECTIONS = {"head": bench_head, "sampler": bench_sampler, "step": bench_step}
 
 
-def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> list[Row]:
-    sizes = sizes or {"cpu": CPU, "cuda": GPU}[DEVICE.type]
+def main(argv: list[str] | None = None, sizes: Sizes = CPU, sections: dict[str, Callable] = SECTIONS,
+         header: str = HEADER) -> list:
     cli = ArgumentParser(description="Time the hand-written parts beside their peers.")
-    cli.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} [all]")
+    cli.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(sections)} [all]")
     cli.add_argument("--models", nargs="+", choices=sizes.models, default=list(sizes.models), metavar="MODEL",
-                     help=f"some of {', '.join(sizes.models)}; step takes the first [all]")
+                     help=f"some of {', '.join(sizes.models)}; on a CPU, step takes the first [all]")
     cli.add_argument("--json", help="write the rows to this file")
     args = cli.parse_args(argv)
-    if unknown := [name for name in args.sections if name not in SECTIONS]:
-        cli.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(1)   # the fastest for models this small, for ours and for the peers
-    print(f"{DEVICE.type}, {sizes.dtype}, torch {torch.__version__}, ms for 1,000 tokens\n\n{HEADER}")
+    if unknown := [name for name in args.sections if name not in sections]:
+        cli.error(f"no section {', '.join(unknown)}; there are {', '.join(sections)}")
+    torch.set_num_threads(1)   # the fastest for models this small on a CPU, for ours and for the peers
+    print(f"{DEVICE.type}, {sizes.dtype}, torch {torch.__version__}, {header}", flush=True)
     rows = []
-    for name in args.sections or SECTIONS:
-        rows += SECTIONS[name](sizes, args.models)
+    for name in args.sections or sections:
+        rows += sections[name](sizes, args.models)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
     return rows
 
 
 if __name__ == "__main__":
+    if DEVICE.type == "cuda":
+        from bench_gpu import main
     main()

@@ -8,7 +8,7 @@ One call for the first GPU: what works, how fast, and how much memory. It writes
     toy     a short run of the embedded world
     alone   a model of Qwen2.5-0.5B's shape with random weights, bf16, recomputed activations, no judge model
     judge   the same with a judge model of the same shape
-    bench   tests/bench.py
+    bench   tests/bench.py: its sections for a GPU, beside floors and goals; meant for eight minutes
 
 Each part is a command of its own. One that fails is written down, and the next one goes on.
 """
@@ -61,7 +61,8 @@ def commands(work: Path) -> dict[str, list[str]]:
         "toy": [str(ROOT / "train.py"), "--no-exam", "--out", "toy", *toy_size],
         "alone": [*real, "--judge", "keywords", "--out", "alone"],
         "judge": [*real, "--judge", "wildguard:judge", "--max-unreadable", "1", "--out", "judge_run"],
-        "bench": [str(ROOT / "tests" / "bench.py"), *([] if ON_GPU else ["step", "--models", "toy-sized"])]}
+        "bench": [str(ROOT / "tests" / "bench.py"), "--json", "bench.json",
+                  *([] if ON_GPU else ["step", "--models", "toy-sized"])]}
 
 
 # ---------------------------------------------------------------- running and writing down
@@ -107,7 +108,7 @@ def section(name: str, arguments: list[str], done: Done, work: Path) -> str:
     """A part as Markdown."""
     command = " ".join(arguments).replace(f"{ROOT}/", "")
     out = arguments[arguments.index("--out") + 1] if "--out" in arguments else "none"
-    last = "\n".join(done.printed.strip().splitlines()[-40:])
+    last = "\n".join(done.printed.strip().splitlines()[-120:])   # all rows of the benchmark
     memory = f", {done.peak_gib:.1f} GiB in use on the GPU at most" if ON_GPU else ""
     return (f"## {name}\n\n`python {command}`\n\nstatus {done.status}, {done.seconds:.0f} s{memory}\n\n"
             f"{metrics_table(work / out)}\n```text\n{last}\n```\n\n")
