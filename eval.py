@@ -189,8 +189,8 @@ def entropy(labels: list) -> dict:
 def embed(texts: list[str], folder: str) -> np.ndarray:
     """Sentence embeddings of length 1, [N, D] (Reimers and Gurevych, EMNLP 2019), from safetensors alone."""
     from sentence_transformers import SentenceTransformer  # takes seconds, and only this needs it
-    if not (Path(folder) / "sentence_bert_config.json").is_file():
-        stop(f"--embedder {folder}: no sentence_bert_config.json there; "
+    if not (Path(folder) / "modules.json").is_file():
+        stop(f"--embedder {folder}: no modules.json there; "
              "give the folder of a Sentence-BERT model such as all-MiniLM-L6-v2.")
     model = SentenceTransformer(folder, model_kwargs={"use_safetensors": True})
     return model.encode(texts, normalize_embeddings=True, show_progress_bar=False).astype(float)

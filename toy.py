@@ -281,13 +281,12 @@ def random_init(tokenizer: PreTrainedTokenizerFast, seed: int) -> Transformer:
     return new_model(config, seed)
 
 
-def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: int = 64,
-              lr: float = 3e-3) -> Transformer:
+def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "") -> Transformer:
     """
-    A randomly initialised model after `steps` AdamW updates of cross-entropy on `rows` new demonstrations
-    each. The learning rate rises to `lr` over 50 updates and falls to 0 over all of them. The result depends
-    on the arguments alone, but for rounding: it uses all threads. With a `label`, a progress bar shows the
-    loss in nats per token while this runs.
+    A randomly initialised model after `steps` AdamW updates of cross-entropy on 64 new demonstrations each.
+    The learning rate rises to 3e-3 over 50 updates and falls to 0 over all of them. The result depends on the
+    arguments alone, but for rounding: it uses all threads. With a `label`, a progress bar shows the loss in
+    nats per token while this runs.
     """
     model = random_init(chat.tokenizer, seed)
     kernels.set_threads(1e9)   # batches this large gain from all threads; `load` sets one again
@@ -297,16 +296,16 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "", rows: in
     with tqdm(range(steps), desc=label, unit="step", leave=False, disable=not label) as bar:
         for n in bar:
             if not batches:   # eight batches at once, each of similar lengths: this halves the padding
-                demos = [demonstration(rng, chat) for _ in range(8 * rows)]
+                demos = [demonstration(rng, chat) for _ in range(8 * 64)]
                 demos.sort(key=lambda demo: len(demo[0]) + len(demo[1]))
-                batches = [demos[i * rows:(i + 1) * rows] for i in rng.permutation(8)]
+                batches = [demos[i * 64:(i + 1) * 64] for i in rng.permutation(8)]
             prompts, replies = zip(*batches.pop(), strict=True)
             ids_BT, mask_BT = pack(prompts, replies)
             logprob_BT, _ = score(model, ids_BT, mask_BT)
             loss = -logprob_BT.sum() / mask_BT.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = lr * (min(1.0, (n + 1) / 50) * (1 - n / steps))
+            optimizer.param_groups[0]["lr"] = 3e-3 * (min(1.0, (n + 1) / 50) * (1 - n / steps))
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=loss.item(), refresh=False)

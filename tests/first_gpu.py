@@ -60,7 +60,7 @@ def commands(work: Path) -> dict[str, list[str]]:
         "tests": ["-m", "pytest", "-q", str(ROOT / "tests")],
         "toy": [str(ROOT / "train.py"), "--no-exam", "--out", "toy", *toy_size],
         "alone": [*real, "--judge", "keywords", "--out", "alone"],
-        "judge": [*real, "--judge", "wildguard:judge", "--max-unreadable", "1", "--out", "judge_run"],
+        "judge": [*real, "--judge", "wildguard:judge", "--out", "judge_run"],
         "bench": [str(ROOT / "tests" / "bench.py"), "--json", "bench.json",
                   *([] if ON_GPU else ["step", "--models", "toy-sized"])]}
 
