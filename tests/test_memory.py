@@ -101,13 +101,13 @@ def test_a_resumed_run_takes_no_more_memory_than_a_fresh_one(tmp_path):
     for label in ("harmful", "benign"):
         (tmp_path / f"{label}.jsonl").write_text(json.dumps({"prompt": f"how do i bake {label} bread"}))
     seeds = [f"{label}={tmp_path / label}.jsonl" for label in ("harmful", "benign")]
-    flags = ["--model", tmp_path / "model", "--judge", "keywords", "--seeds", *seeds, "--no-cot", "--games", "4",
-             "--max-new-tokens", "4", "--micro-tokens", "512", "--no-exam", "--out", tmp_path / "run"]
+    flags = ["--model", tmp_path / "model", "--judge", "keywords", "--seeds", *seeds, "--no-cot", "--no-exam",
+             "--games", "4", "--max-new-tokens", "4", "--micro-tokens", "512", "--out", tmp_path / "run"]
     succeeds(*flags, "--steps", "1", before=partial(most_memory, tmp_path / "fresh"))
     succeeds(*flags, "--steps", "2", "--resume", before=partial(most_memory, tmp_path / "resumed"))
     fresh, resumed = [int((tmp_path / name).read_text()) * 1024 / size for name in ("fresh", "resumed")]
     assert fresh > 5, "weights, reference, gradients and two moments"
-    measured(f"peak on resume over that of a fresh run, {fresh:.2f} copies of the weights", resumed / fresh, 1.01)
+    measured(f"peak on resume over that of a fresh run ({fresh:.1f} x the weights)", resumed / fresh, 1.01)
 
 
 # ---------------------------------------------------------------- what a GPU's memory decides
