@@ -3,6 +3,7 @@ Sampling: what is drawn, with what probability, in what batch, and that nobody's
 
     python -m pytest tests/test_sample.py
 """
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_state
 from transformers import LlamaConfig
 
 import model as m
@@ -609,3 +612,30 @@ def test_a_real_model_answers_a_plain_question(smollm2):
     done = subprocess.run(command, cwd=Path(s.__file__).parent, capture_output=True, text=True)
     print("\n    " + done.stdout.strip(), end="")
     assert "Paris" in done.stdout
+
+
+# ---------------------------------------------------------------- a sharded model
+
+class StreamOfAGPU:
+    """A stand-in for the current CUDA stream: it remembers which streams it waited for."""
+
+    def __init__(self):
+        self.joined = []
+
+    def wait_stream(self, stream):
+        self.joined.append(stream)
+
+
+def test_a_recorded_step_joins_the_streams_that_the_hooks_of_a_sharded_model_forked(monkeypatch):
+    """FSDP keeps them under private names: this test fails when a version of PyTorch renames them."""
+    current = StreamOfAGPU()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    context = SimpleNamespace(all_gather_copy_in_stream="copy in", all_gather_stream="gather")
+    s.join_gather_streams(SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_comm_ctx=context)))
+    assert current.joined == ["copy in", "gather"]
+    s.join_gather_streams(torch.nn.Linear(1, 1))   # not sharded
+    assert current.joined == ["copy in", "gather"]
+    source = inspect.getsource(_fsdp_state.FSDPState._root_pre_forward)
+    assert "self._comm_ctx.all_gather_copy_in_stream.wait_stream(current_stream)" in source
+    assert "self._comm_ctx.all_gather_stream.wait_stream(current_stream)" in source
+    assert callable(FSDPModule._get_fsdp_state)

@@ -3,9 +3,10 @@ train.py: the loss, the update, whole runs on one and more processes, real model
 
 Runs are real processes (launch.py). Several ranks must end with the weights of one.
 """
-import json
 import ctypes
 import dataclasses
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
+import checkpoint
 import train
 from conftest import byte_tokenizer, measured
 from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics, run, succeeds,
@@ -137,6 +140,34 @@ def test_the_first_update_has_ratio_1_and_the_sampler_agrees_with_the_trainer(ti
     n_tokens = sum(len(e.turn.ids) for e in experiences)
     mismatch = sum(part.get("mismatch", 0) for part in sums) / n_tokens
     measured("mean |sampler - trainer log-probability|", mismatch, 1e-5)
+
+
+def test_importance_weights_are_ratios_of_at_most_2_in_turns_that_differ_in_the_mean():
+    rng = np.random.default_rng(0)
+    log_ratio = rng.normal(scale=np.array([[1e-4], [3e-3], [1e-2], [1.0]]), size=(4, 6)).astype(np.float32)
+    mask = rng.random((4, 6)) < 0.7
+    weight_BT = train.importance_weight(torch.tensor(log_ratio * mask), torch.tensor(mask))
+    for b in range(4):
+        differs = np.abs(log_ratio[b])[mask[b]].mean() > 5e-3
+        assert differs == (b > 1)
+        expected = np.where(mask[b] & differs, np.minimum(2.0, np.exp(log_ratio[b])), 1.0)
+        measured(f"weights of turn {b}", np.abs(weight_BT[b].numpy() - expected).max(), 1e-6)
+
+
+def test_where_the_sampler_drew_from_another_distribution_tokens_count_by_their_ratio(tiny):
+    """The sampler says that it drew each token with 1/1.5 of the trainer's probability, then with a third."""
+    experiences, advantage = some_experiences(tiny)
+    advantage = [1e-3 * values_T for values_T in advantage]   # so small that no gradient is clipped
+    alike, sums = gradients(tiny, experiences, advantage)
+    assert sum(part.get("corrected", 0) for part in sums) == 0 and sums[-1]["grad_norm"] < 0.5
+    for ratio, weight in ((1.5, 1.5), (3.0, 2.0)):
+        said = [dataclasses.replace(e, turn=dataclasses.replace(
+            e.turn, logprobs=[p - np.log(ratio) for p in e.turn.logprobs])) for e in experiences]
+        corrected, sums = gradients(tiny, said, advantage)
+        difference = largest(corrected, [weight * g for g in alike]) / max(g.abs().max() for g in alike)
+        measured(f"gradient, ratio {ratio}", difference, 1e-4)
+        n_tokens = sum(len(e.turn.ids) for e in experiences)
+        assert sum(part.get("corrected", 0) for part in sums) == n_tokens
 
 
 def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
@@ -419,6 +450,40 @@ def test_a_judge_model_on_two_processes_gives_the_verdicts_it_gives_on_one(real,
     for game_of_one, game_of_two in zip(games(judged), games(two), strict=True):
         assert game_of_one["verdict"] == game_of_two["verdict"]
     measured("weights, 2 processes against 1", largest_difference(weights(judged), weights(two)), 1e-5)
+
+
+def test_the_start_of_a_run_is_the_model_under_a_second_name(real, judged, tmp_path, monkeypatch):
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert os.path.samefile(real / "policy" / file, judged / "step_000000" / file)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+    checkpoint.link_model(judged / "step_000003", tmp_path / "copy")
+    copied = {path.name for path in (tmp_path / "copy").iterdir()}
+    saved = {path.name for path in (judged / "step_000003").iterdir()}
+    assert copied == saved - {"optimizer", "complete.json"}
+    copy = tmp_path / "copy" / "model.safetensors"
+    assert not os.path.samefile(judged / "step_000003" / "model.safetensors", copy)
+    measured("weights of the copy", largest_difference(load_file(copy), weights(judged, 3)), 0.0)
+
+
+def test_a_run_in_bf16_saves_bf16_for_serving_and_resumes_from_its_fp32_weights_to_the_bit(real):
+    flags = [*real_flags(real)[:3], "keywords", *real_flags(real)[4:], "--precision", "bf16", "--lr", "1e-3"]
+    flags += ["--steps", "4", "--save-every", "2"]
+    succeeds(*flags, "--out", real / "bf16")
+    shutil.copytree(real / "bf16", real / "bf16_resumed")
+    shutil.rmtree(real / "bf16_resumed" / "step_000004")
+    done = succeeds("--resume", "--out", real / "bf16_resumed")
+    assert re.search(r"saved step_000004 in \d+\.\d s", done.stdout)
+    served = load_file(real / "bf16" / "step_000004" / "model.safetensors")
+    assert {tensor.dtype for tensor in served.values()} == {torch.bfloat16}
+    opened = AutoModelForCausalLM.from_pretrained(real / "bf16" / "step_000004")
+    assert opened.dtype == torch.bfloat16
+    for file in sorted((real / "bf16" / "step_000004" / "optimizer").glob("*.safetensors")):
+        other = load_file(real / "bf16_resumed" / "step_000004" / "optimizer" / file.name)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in load_file(file).items())
+        assert {tensor.dtype for name, tensor in other.items()} == {torch.float32}
+    steps = metrics(real / "bf16_resumed")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    print(f"\n    mismatch and corrected: {[(line['mismatch'], line['corrected']) for line in steps]}", end="")
 
 
 def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
