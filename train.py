@@ -363,11 +363,11 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
             old_BT = logprob_BT.detach()
         mismatch_BT = (old_BT - drawn_BT) * mask_BT  # trainer against sampler
         weight_BT = importance_weight(mismatch_BT, mask_BT)
+        gain_BT = weight_BT * advantage_BT
         losses = []
         for flag in (1.0, 0.0):  # attacker, defender
             role_BT = mask_BT & (attacker_BT == flag)
-            weighted_BT = weight_BT * advantage_BT
-            losses.append(policy_loss(logprob_BT, old_BT, weighted_BT, role_BT, n_tokens, cfg.clip))
+            losses.append(policy_loss(logprob_BT, old_BT, gain_BT, role_BT, n_tokens, cfg.clip))
         (sum(losses) * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
         ratio_BT = (logprob_BT.detach() - old_BT).exp() * mask_BT
         sums.append({"loss_attacker": losses[0].item(), "loss_defender": losses[1].item(),
