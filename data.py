@@ -161,7 +161,9 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
     benchmark = next(b for b in BENCHMARKS
                      if not b.columns or columns >= set(b.columns.split()) >= columns & TEXTS)
     default = flag == "harmful" if flag else benchmark.default
-    texts = [name for name in benchmark.texts.split() if attacks or name not in ATTACKS] or ["prompt"]
+    texts = [name for name in benchmark.texts.split() if attacks or name not in ATTACKS]
+    if not texts:
+        stop(f"{file}: holds attacks, and not the requests behind them; give it with --attacks.")
     prompts = {}
     for where, row in rows:
         label = label_of(row, benchmark.labels, where, default)

@@ -17,7 +17,7 @@ layers, N tokens or turns in a flat list, I the width of the feed-forward layer.
 """
 from __future__ import annotations
 
-import kernels  # before torch, which reads the OpenMP setting in there
+from kernels import CommandLine, set_threads, stop  # before torch, which reads the OpenMP setting in there
 import json
 import math
 import os
@@ -34,7 +34,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import CommandLine, stop
 from kernels.layers import attend, attend_one, matmul_fp32, rms_norm, swiglu
 from kernels.logprob import token_logprob
 
@@ -83,7 +82,7 @@ NO_EFFECT = {"bos_token_id", "pad_token_id", "use_cache", "max_position_embeddin
 
 
 def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
-    """Fields of a config that ask for what is not implemented: unknown ones must have their default."""
+    """Fields of a config that ask for what is not implemented. What transformers does not read is ignored."""
     from transformers import PreTrainedConfig
     usual = type(hf_config)().to_dict()  # all that transformers reads for this architecture, at its default
     usual |= {"layer_types": ["full_attention"] * hf_config.num_hidden_layers} | ONE_VALUE
@@ -108,7 +107,7 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
         stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; "
              "choose another model.")
     rope = hf_config.rope_parameters
-    bias = getattr(hf_config, "attention_bias", False)
+    bias = kind in ("llama", "qwen3") and hf_config.attention_bias
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     return ModelConfig(
         layers=hf_config.num_hidden_layers, dim=hf_config.hidden_size, heads=hf_config.num_attention_heads,
@@ -124,7 +123,8 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
 # ---------------------------------------------------------------- the key-value cache
 class Cache:
     """
-    Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1.
+    Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1; in a
+    cache that was just prefilled, all rows are padded to the longest.
 
     A pass over T > 1 tokens (prefill) writes the last T slots of every row. A pass over one token (a decode
     step) writes slot length_B[b] of row b: rows may have different lengths, nothing moves, and a GPU's host
@@ -306,7 +306,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # a tied model has no output matrix of its own
-        self.lm_head = nn.Identity() if config.tied else Linear(config.dim, config.vocab, bias=False)
+        self.lm_head = None if config.tied else Linear(config.dim, config.vocab, bias=False)
         # recompute: the backward pass computes each layer's activations again instead of keeping them
         self.recompute = False
 
@@ -385,16 +385,17 @@ def download(name: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         second_copy = ["original/*", "consolidated*"]  # of the weights, in Meta's and Mistral's own formats
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=second_copy))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        stop(f"{name}: no such folder, and no hub model of that name can be reached; give another.")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).partition("\n")[0]  # gated, offline, a full disk
+        stop(f"{name}: no such folder, and no hub model of that name can be had ({reason}); give another.")
 
 
 def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
     folder = Path(name)
     if os.path.isfile(folder / "latest"):  # Path's own fails on a name that is too long
-        return folder / (folder / "latest").read_text("utf-8", "replace").strip()
-    if not os.path.exists(folder):
+        folder /= (folder / "latest").read_text("utf-8", "replace").strip()
+    elif not os.path.exists(folder):
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
@@ -404,7 +405,7 @@ def find_checkpoint(name: str) -> Path:
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
-    for folder in (Path(name), Path(name).parent):
+    for folder in (Path(name), Path(name).absolute().parent):
         if os.path.isfile(folder / "latest") and os.path.isfile(folder / "config.json"):
             try:
                 config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -425,12 +426,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def refuse_damage(folder: Path) -> Iterator[None]:
-    """Whatever fails in here is the fault of a damaged checkpoint: say so in one sentence."""
+    """Say in one sentence why a checkpoint cannot be read."""
     try:
         yield
-    except Exception as error:  # of safetensors, transformers, torch or the disk, in many ways
+    except Exception as error:  # of safetensors, transformers, jinja or the disk: there is no narrower class
         reason = " ".join(str(error).split())[:200]
-        stop(f"{folder}: the checkpoint cannot be read ({reason}); it is damaged, give another.")
+        stop(f"{folder}: the checkpoint cannot be read ({reason}); give another.")
 
 
 def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -442,7 +443,7 @@ def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
             model = Transformer(AutoConfig.from_pretrained(folder), name).to(dtype)
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
-    kernels.set_threads(sum(p.numel() for p in model.parameters()))
+    set_threads(sum(p.numel() for p in model.parameters()))
     return model
 
 

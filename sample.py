@@ -11,7 +11,7 @@ samples it changes a text, but for rounding. Speed comes from continuous batchin
 """
 from __future__ import annotations
 
-import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
+from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
 import re
 import unicodedata
 import warnings
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import CommandLine, check_number, stop
 from kernels.logprob import log_policy
 from model import Cache, Transformer, find_checkpoint, last_logits, load, refuse_damage, run_config
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text while a chat template is rendered
 TODAY = date(2024, 7, 26)  # for templates that ask: a resumed run must draw the same prompts
 DATES = "".join(f"|replace('%{c}', '{TODAY.strftime('%' + c)}')" for c in ("-d", "-m", *"YmdBbAayejHIMSp"))
-STRFTIME = "{%- macro strftime_now(format) -%}{{ format" + DATES + " }}{%- endmacro -%}"  # for all templates
+STRFTIME = "{%- macro strftime_now(format) -%}{{ format" + DATES + " }}{%- endmacro %}"  # for all templates
 THOUGHT = re.compile(r"<think(?:ing)?>|<thought>|\[think\]|<\|begin_of_thought\|>", re.I)
 THOUGHT_END = re.compile(r"</think(?:ing)?>|</thought>|\[/think\]|<\|end_of_thought\|>", re.I)
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that look like spaces
@@ -105,8 +104,8 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that somebody else wrote. Markup in it is undone: cut after its first character."""
     text = clean_text(text)
     markup = added_tokens(tokenizer)
-    # (?=...) finds spellings that overlap, too; "$^" matches nowhere
-    spelling = re.compile("|".join(f"(?={re.escape(word)})" for word in markup) or "$^")
+    # (?=...) finds spellings that overlap, too; "(?!)" matches nowhere
+    spelling = re.compile("|".join(f"(?={re.escape(word)})" for word in markup) or "(?!)")
     cuts = [0, *(match.start() + 1 for match in spelling.finditer(text)), len(text)]
     ids = []
     for start, end in pairwise(cuts):
@@ -164,7 +163,8 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     # u <= 1 - 2^-53, so the point stays below the total, and a last token of probability 0 is never drawn
     point_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
-    return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
+    token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(1)
+    return token_B.clamp_(max=cdf_BV.shape[1] - 1)  # of NaN logits any token, with NaN as its log-probability
 
 # ---------------------------------------------------------------- prompts to cached keys and values
 CACHE_SLOTS = 65_536   # rows x slots of a batch on a CPU: 3 GB for a model of 135M parameters in fp32
@@ -211,7 +211,7 @@ def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | No
 
 
 class PromptQueue:
-    """Prompts that wait for a row. They run pass by pass; a shared prefix and equal prompts run once."""
+    """Prompts that wait for a row. They run pass by pass; in one, equal prompts and the prefix run once."""
 
     def __init__(self, model: Transformer, prompts: list[list[int]], prefixes: Sequence[list[int]]):
         self.model = model
@@ -260,7 +260,7 @@ def rows_for(model: Transformer, n: int, slots: int) -> int:
 
 
 def join_gather_streams(model: Transformer) -> None:
-    """Wait for the streams that the hooks of a sharded model (FSDP2) made wait for the current one."""
+    """FSDP2's hooks fork two streams off the current one: join them, or a capture cannot end."""
     if hasattr(model, "_get_fsdp_state"):
         context = model._get_fsdp_state()._comm_ctx
         torch.cuda.current_stream().wait_stream(context.all_gather_copy_in_stream)
@@ -343,7 +343,7 @@ class DecodeBatch:
                 # capturing computes nothing; thread_local: other threads may use the GPU meanwhile
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.draw_step()
-                    join_gather_streams(self.model)  # or the capture would end with an error
+                    join_gather_streams(self.model)
         tokens = self.next_B.tolist()
         logprobs = self.logprob_B.tolist()
         return [(b, n, tokens[b], logprobs[b]) for b, n in enumerate(self.prompt_B) if n is not None]
@@ -399,7 +399,7 @@ def main() -> None:
     cli.add_argument("question")
     cli.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token [%(default)s]")
     args = cli.parse_args()
-    check_number("temperature", args.temperature, 0.01 if args.temperature else 0, 100)
+    check_number("temperature", args.temperature, 0, 100)
     model = load(args.model)
     tokenizer = open_tokenizer(args.model)
     run = run_config(args.model)  # the prompts of its game; other models get the bare question
@@ -409,7 +409,7 @@ def main() -> None:
     prompt = fill_template(tokenizer, chat_template(tokenizer, instruction, opening), [args.question])
     uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
-    print(opening, tokenizer.decode(reply.ids, skip_special_tokens=True).strip())
+    print(f"{opening} {tokenizer.decode(reply.ids, skip_special_tokens=True)}".strip())
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kernels import CommandLine   # before numpy and torch, which read the OpenMP setting in there
 import numpy as np
 import torch
 from torch import Tensor
 
 from judge import Exchange, Judge, Verdict, keywords
-from kernels import CommandLine
 from sample import (PLACEHOLDER, Sample, added_tokens, after_thought, chat_template, fill_template, plain_ids,
                     template_prefix, visible)
 

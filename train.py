@@ -10,7 +10,7 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
 Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it, without a critic
 or an adaptive KL. `main`, at the end, is the whole algorithm in six numbered phases.
 """
-import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
+from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
 import json
 import math
 import os
@@ -41,7 +41,6 @@ import checkpoint
 from data import read_prompts, read_rows, text_of
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.logprob import head_bytes
-from kernels import CommandLine, check_number, stop
 from model import (Transformer, find_checkpoint, load, open_empty, read_weights, refuse_damage, run_config,
                    save, score)
 from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
@@ -446,7 +445,7 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
             "play: keys and values": 4 * slots * c.layers * c.kv_heads * c.head_dim}
     update = {"update: gradients, fp32": 2 * sizes[0] / n_gpus,
               "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
-              "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab, 2, "cuda"),
+              "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab),
               "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
     peak = sum(always.values()) + max(sum(play.values()), sum(update.values()))
     # CUDA itself takes up to 3 GB

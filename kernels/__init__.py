@@ -4,7 +4,8 @@ The few formulas that everything rests on, in PyTorch and in Triton; and what ev
 A model of a few million parameters plays and learns on one thread: its matmuls are too short to share. Its
 SFT, in larger batches, and larger models use all threads. Those sleep while they wait for each other:
 OpenMP lets them spin by default, and on a machine that others use too, a spinning thread keeps the core
-from the very thread that it waits for. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay.
+from the very thread that it waits for. A user's own OMP_NUM_THREADS and OMP_WAIT_POLICY stay; torchrun sets
+the first to 1 for each of several processes.
 """
 import os
 import sys
@@ -19,7 +20,8 @@ for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a text that a terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
 
-# cuDNN's attention builds a plan for every new shape, 0.4 s and more, and ragged batches have many shapes
+# cuDNN's attention builds a plan for every new shape, 0.4 s and more by the reports of others (sglang issue
+# 4650, FunASR issue 3704), and ragged batches have many shapes
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 SMALL_MODEL = 10_000_000  # parameters
@@ -40,7 +42,7 @@ set_threads(0)
 
 def stop(sentence: str) -> NoReturn:
     """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
-    print(" ".join(sentence.split("\n")), file=sys.stderr, flush=True)
+    print(sentence.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -1,7 +1,7 @@
 """
 The layers of a transformer: matrix product, norm, gate and attention.
 
-    matmul_fp32  y_M    = x_D @ weight_MD.T, unrounded
+    matmul_fp32  y_M    = x_D @ weight_MD.T, in fp32
     rms_norm     y_D    = x_D / sqrt(mean_d(x_D^2) + eps) * weight_D                  (arXiv 1910.07467)
     swiglu       y      = silu(gate) * up;  gate and up are the two sides of gate_up  (arXiv 2002.05202)
     attend       out_TE = softmax_s(query_TE . key_SE / sqrt(E) + causal mask_TS) @ value_SE

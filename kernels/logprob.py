@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIECE = {"cpu": 2**20, "cuda": 2**27}   # logits, or gradients of logits, that exist at the same time
-MIN_SIDE = 256                          # fewest rows or columns of such a piece: thin matmuls are slow
+PIECE = {"cpu": 2**20, "cuda": 2**27}   # logits, or gradients of logits, of one piece
+MIN_SIDE = 256                          # fewest rows or columns of a piece: thin matmuls are slow
 
 
 # ---------------------------------------------------------------- the formula
 
 def log_policy(logits: Tensor, temperature: float) -> Tensor:
-    """The policy, [..., V] to fp32 [..., V]: sampling draws from it, training scores with it."""
+    """The policy, [..., V] to fp32 [..., V]: sampling draws from it. token_logprob is the same, in pieces."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
 
@@ -82,19 +82,14 @@ def slice_words(N: int, device_type: str) -> int:
     return max(MIN_SIDE, PIECE[device_type] // max(1, N))
 
 
-def head_bytes(N: int, D: int, V: int, itemsize: int, device_type: str) -> int:
+def head_bytes(N: int, D: int, V: int) -> int:
     """
-    Bytes that token_logprob takes at its peak, forward and backward over N tokens, beyond its inputs
-    (itemsize bytes a number) and the gradients that it returns.
+    Bytes that token_logprob takes at its peak on a GPU in bf16, forward and backward over N tokens, beyond
+    its inputs and the gradients that it returns.
     """
-    C = min(V, slice_words(N, device_type))
-    narrow = itemsize < 4
-    if device_type == "cuda":
-        # The fp32 sum for the hidden states, and a slice of the gradients of logits and of weights.
-        return narrow * 4 * N * D + itemsize * C * (N + D)
-    rows = min(N, max(MIN_SIDE, PIECE["cpu"] // V))
-    # A CPU computes in fp32: from bf16 it copies both factors, and it rounds both gradients at the end.
-    return narrow * 8 * (N + V) * D + 4 * max(2 * rows * V + rows * D, N * C + (N + C) * D)
+    C = min(V, slice_words(N, "cuda"))
+    # the fp32 sum for the hidden states, and a slice of the gradients of logits and of weights
+    return 4 * N * D + 2 * C * (N + D)
 
 
 def add_matmul(sum_ND: Tensor, a_NC: Tensor, b_CD: Tensor) -> None:

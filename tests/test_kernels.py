@@ -131,21 +131,24 @@ def test_the_matrix_of_logits_never_exists_as_a_whole(small_pieces):
 
 @pytest.mark.parametrize("N, D, V", [(2048, 256, 4096), (4096, 512, 2048)])
 @DTYPES
-def test_the_head_takes_the_memory_that_its_formula_says(N, D, V, dtype):
+def test_the_head_takes_the_memory_of_a_few_rows_of_logits_and_a_slice_of_their_gradients(N, D, V, dtype):
+    """A CPU computes in fp32: from bf16 it copies both factors, and it rounds both gradients at the end."""
     hidden, weight, ids = inputs(N, D, V, dtype)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         token_logprob(hidden, weight, ids)[0].sum().backward()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     extra = max(accumulate(sizes)) - (N + V) * D * weight.element_size()   # without the gradients it returns
-    formula = head_bytes(N, D, V, weight.element_size(), "cpu")
+    rows, C = max(256, 2**20 // V), min(V, 2**20 // N)
+    copies = 8 * (N + V) * D if dtype == torch.bfloat16 else 0
+    formula = copies + 4 * max(2 * rows * V + rows * D, N * C + (N + C) * D)
     measured(f"peak of {extra / 2**20:.1f} MiB over the formula's", extra / formula, 1.05)
     assert extra > 0.6 * formula, "the formula promises what is needed, not much more"
 
 
 @pytest.mark.parametrize("D, V", [(4096, 128256), (3584, 152064)])
 def test_the_heads_of_8b_models_take_at_most_600_mib_for_16k_tokens_on_a_gpu(D, V):
-    measured(f"GiB at width {D}, {V} words", head_bytes(16384, D, V, 2, "cuda") / 2**30, 0.6)
+    measured(f"GiB at width {D}, {V} words", head_bytes(16384, D, V) / 2**30, 0.6)
 
 
 # ---------------------------------------------------------------- log-probability by the Triton kernels
