@@ -7,7 +7,7 @@ Any attacker against any defender: cross-play with its equilibrium, and best res
 A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
 any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
 that it is not, so `exploit` lists the opponents that it tried. Payoffs are those of the run's own table.
-Both players sample at temperature 1, as in training.
+Both players sample at temperature 1.
 Run: python eval.py crossplay RUN RUN ..., or
 
     python train.py --play attacker --opponent RUN --kl 0 --out RESPONSE
@@ -320,7 +320,7 @@ def side_of(response: str, model: str) -> str:
     config = need_config(response)
     side, opponent = config["play"], config.get("opponent")
     if side == "self" or not opponent or weights_hash(opponent) != weights_hash(model):
-        stop(f"{response}: train.py --play {side} trained it against {opponent or 'no frozen model'}, "
+        stop(f"{response}: train.py --play {side} trained it against {opponent or 'its own start'}, "
              f"not against {model}; give runs of --play attacker or defender with --opponent {model}.")
     return side
 
@@ -339,7 +339,7 @@ def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
         attacks += fixed_attacks(few.seeds, {True: tactics, False: tactics})
     paid_SN = earned(games_of(defender, few, attacks), few.reward, ATTACKER).reshape(len(toy.SETS), -1)
     harmful_N = np.array([seed.harmful for seed in few.seeds])
-    return {kind: toy.SETS[paid_SN[:, harmful_N == kind].mean(1).argmax()] for kind in (True, False)}
+    return {kind: toy.SETS[np.nanmean(paid_SN[:, harmful_N == kind], 1).argmax()] for kind in (True, False)}
 
 
 def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> list[dict]:
@@ -381,7 +381,7 @@ def exploit(args: Namespace) -> dict:
     if not responses and not in_toy:
         stop(f"{name}: there is nothing to try; give runs of train.py --play attacker --opponent {name}.")
     model = open_eval_model(name)
-    # chosen on the training requests and reported on the held-out ones: no number is chosen for being large
+    # without --prompts chosen on the training requests, and reported on the held-out ones
     tactics = best_tactics(model, meetings[-1]) if in_toy else {}
     results = measure(model, sides, meetings[0], tactics)
     columns = {f"{entry['side']}: {entry['response']}": entry for entry in results}

@@ -53,7 +53,7 @@ def commit(tmp_dir: Path, final_dir: Path) -> None:
     replace_text(final_dir.parent / "latest", final_dir.name)
 
 
-def link_or_copy(file: str, new: str) -> None:
+def link_or_copy(file: Path, new: Path) -> None:
     """Give a file a second name, or copy it to another disk."""
     try:
         os.link(os.path.realpath(file), new)  # the hub's cache holds symbolic links
@@ -62,9 +62,12 @@ def link_or_copy(file: str, new: str) -> None:
 
 
 def link_model(model: Path, folder: Path) -> None:
-    """A new folder with the files of a model; of a checkpoint, without the optimizer's state."""
-    without = shutil.ignore_patterns("optimizer", MANIFEST)
-    shutil.copytree(model, folder, ignore=without, copy_function=link_or_copy)
+    """A new folder with the files of a model. Its weights get a second name, all else is copied."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.is_file():
+            copy = link_or_copy if file.suffix == ".safetensors" else shutil.copy
+            copy(file, folder / file.name)
 
 
 def is_complete(folder: Path) -> bool:
@@ -106,22 +109,22 @@ def check_folder(out: Path, resume: bool) -> None:
         stop(f"--out {out}: {parent} cannot be written; choose another folder.")
 
 
-def prune(out: Path, keep: int) -> None:
-    """Delete all checkpoints but the first, which is the reference model, and the `keep` newest."""
-    for old in checkpoints(out)[1:-keep]:
+def prune(out: Path, keep: int, step: int) -> None:
+    """Delete all checkpoints up to `step` but the first, the reference model, and the `keep` newest."""
+    # later ones are damaged: a resume passed them over
+    for old in [folder for folder in checkpoints(out) if step_number(folder) <= step][1:-keep]:
         renamed = old.rename(out / f"partial_{old.name}")   # a crash must not leave a checkpoint half deleted
         shutil.rmtree(renamed, ignore_errors=True)
 
 # ---------------------------------------------------------------- the optimizer's state
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The fp32 weights and AdamW's own tensors (not copies) by name: {"weight.norm.weight": ...}."""
+    """The fp32 weights and AdamW's own tensors by name, {"weight.norm.weight": ..}; made if there is none."""
     tensors = {}
     for name, parameter in policy.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
         if parameter not in optimizer.state:  # before its first update: what AdamW starts from
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": step, **moments}
+            optimizer.state[parameter] = moments | {"step": torch.zeros((), device=parameter.device)}
         for key, tensor in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = tensor
     return tensors
@@ -176,8 +179,11 @@ def step_of(line: str) -> float:
 
 def rewind_logs(out: Path, step: int) -> None:
     """Put the run folder back to how it was right after this step's checkpoint: later steps run again."""
-    for partial in out.glob("partial_*"):
-        shutil.rmtree(partial)
+    for folder in out.glob("partial_*"):
+        shutil.rmtree(folder)
+    for folder in checkpoints(out):
+        if step_number(folder) > step:
+            print(f"  {folder} is not complete: ignored, and made again", flush=True)
     replace_text(out / "latest", f"step_{step:06d}")
     for log in (out / "metrics.jsonl", out / "games.jsonl"):
         lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
@@ -191,17 +197,13 @@ def on_stop_signals(action: Callable | signal.Handlers) -> None:
 
 
 def catch_signals() -> list[str]:
-    """
-    A list that the first signal appends its name to: the training loop then finishes its step, saves and
-    exits 0. For a second, others are ignored: a terminal and torchrun both pass Ctrl-C on. Then one more ends
-    the process at once.
-    """
+    """A list that the first signal puts its name into: the loop then finishes its step, saves and exits 0."""
     caught: list[str] = []
 
     def handle(number: int, frame: object) -> None:
         on_stop_signals(signal.SIG_IGN)
         caught.append(signal.Signals(number).name)
-        time.sleep(1.0)
+        time.sleep(1.0)   # a terminal and torchrun both pass Ctrl-C on; after that, one more ends it at once
         on_stop_signals(signal.SIG_DFL)
 
     on_stop_signals(handle)

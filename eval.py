@@ -272,7 +272,7 @@ def main_diversity(args: Namespace) -> None:
 # ---------------------------------------------------------------- report
 
 def kind_of(config: dict) -> str:
-    """What distinguishes runs other than their seed."""
+    """What runs of one kind have in common: mode, payoffs, thoughts, and the pool of attacks."""
     kind = f"{config['play']} {config['reward']}{'' if config['cot'] else ' no-cot'}".replace(" zero_sum", "")
     if config["attacks"]:
         kind += f" on attacks of {config['attacks'].rsplit('-', 1)[0]}"   # without its seed
@@ -401,9 +401,9 @@ FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the c
     "prompts": ([], "files of prompts, known by their columns; none: the embedded world's, or the run's"),
     "limit": (0, "at most so many prompts of a file, evenly from all of it; 0: all"),
     "max-new-tokens": (128, "longest answer to a prompt of a file"),
-    "transcripts": ("", "new file for all answers and verdicts; train.py --sft --no-cot reads it"),
+    "transcripts": ("", "new file for all answers and verdicts; those not empty suit train.py --sft"),
     "json": ("", "new file for the numbers"),
-    "n": (384, "attacks, or games of a pair of players"),
+    "n": (384, "attacks, or games of a pair of players, half of them on harmful seeds; an even number"),
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
     "curves": (list(CURVES), "panels"),
@@ -437,7 +437,7 @@ def check_args(args: Namespace) -> None:
     """Refuse numbers out of range, and outputs that would not be new files, before any work."""
     for name, value in vars(args).items():
         if isinstance(value, int):
-            check_number(name, value, int(name not in ("limit", "seed")), 10 ** 9)
+            check_number(name, value, {"limit": 0, "seed": 0, "n": 2}.get(name, 1), 10 ** 9)
     endings = {"json": [".json"], "transcripts": [".jsonl"], "out": [".json"]}
     if args.function is main_plot:
         endings["out"] = [".png", ".pdf", ".svg"]

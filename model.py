@@ -123,12 +123,11 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
 # ---------------------------------------------------------------- the key-value cache
 class Cache:
     """
-    Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1; in a
-    cache that was just prefilled, all rows are padded to the longest.
+    Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1, and
+    after a prefill padding up to the longest row's.
 
     A pass over T > 1 tokens (prefill) writes the last T slots of every row. A pass over one token (a decode
-    step) writes slot length_B[b] of row b: rows may have different lengths, nothing moves, and a GPU's host
-    need not know where.
+    step) writes slot length_B[b] of row b: rows differ in length, nothing moves, a GPU's host need not know.
     """
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
@@ -386,16 +385,19 @@ def download(name: str) -> Path:
         second_copy = ["original/*", "consolidated*"]  # of the weights, in Meta's and Mistral's own formats
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=second_copy))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).partition("\n")[0]  # gated, offline, a full disk
-        stop(f"{name}: no such folder, and no hub model of that name can be had ({reason}); give another.")
+        stop(f"{name}: no such folder, and no hub model of that name can be had ({error}); give another.")
+
+
+def newest_step(name: str) -> Path:
+    """The newest checkpoint of a run folder; any other name as it is, also one too long for a file."""
+    latest = Path(name, "latest")
+    return Path(name, latest.read_text("utf-8", "replace").strip() if os.path.isfile(latest) else "")
 
 
 def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
-    folder = Path(name)
-    if os.path.isfile(folder / "latest"):  # Path's own fails on a name that is too long
-        folder /= (folder / "latest").read_text("utf-8", "replace").strip()
-    elif not os.path.exists(folder):
+    folder = newest_step(name)
+    if not os.path.exists(folder):
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
         if not list(folder.glob(pattern)):
@@ -406,11 +408,12 @@ def find_checkpoint(name: str) -> Path:
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
     for folder in (Path(name), Path(name).absolute().parent):
-        if os.path.isfile(folder / "latest") and os.path.isfile(folder / "config.json"):
+        if os.path.isfile(folder / "config.json") and any(folder.glob("step_*")):
             try:
                 config = json.loads((folder / "config.json").read_text("utf-8"))
-                return config | {key: dict(value) for key, value in config.items() if key == "prompts"}
-            except (ValueError, TypeError, AttributeError):
+                config["prompts"] = dict(config["prompts"])
+                return config
+            except (ValueError, KeyError, TypeError):
                 stop(f"{folder}/config.json: cannot be read as a run's settings; put back the file.")
     return {}
 

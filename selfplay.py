@@ -351,7 +351,7 @@ def returns(reward: float, logprob_T: np.ndarray, reference_T: np.ndarray, beta:
     """
     Return of every token, [T]: the sum of the token rewards from there to the end of the turn, undiscounted.
     Each token pays `beta` times its log-ratio to the reference (k1 KL, nats). The last token also receives
-    the turn's reward, clipped to +-10. REINFORCE++ (Hu, arXiv 2501.03262) as the official run executes it.
+    the turn's reward, clipped to +-10. After REINFORCE++ (Hu, arXiv 2501.03262) and the official run.
     """
     reward_T = -beta * (logprob_T - reference_T)
     reward_T[-1] += np.clip(reward, -10.0, 10.0)
@@ -450,7 +450,7 @@ def game_metrics(games: list[Game], experiences: list[Experience], rewards: Rewa
 
 
 def nothing_happened(games: list[Game]) -> str:
-    """Why a step's games teach nothing, or "" if they do."""
+    """What is suspect about a step, or ""."""
     judged = [game for game in games if game.defender.reply.answer]
     if not any(game.verdict.readable for game in judged):
         return "no verdict could be read" if judged else "no reply reached the judge"

@@ -15,7 +15,7 @@ no seed contains them. `train_sft` teaches a randomly initialised model this lan
 fine-tuning (SFT) on demonstrations, in which the defender refuses what is plainly harmful and falls for most
 disguises. Nothing here is harmful in the real world.
 
-    python toy.py                     # one request in four disguises, and the judge's verdict on an answer
+    python toy.py            # a request, plain and in three disguises, and the judge's verdict on an answer
 """
 import kernels   # before torch, which reads the OpenMP setting in there
 import os
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from judge import JUDGES, Exchange, Verdict
-from model import Transformer, new_model, score
+from model import Transformer, new_model, newest_step, score
 from selfplay import ChatFormat, Prompts, Seed, pack, write_reply
 
 # ---------------------------------------------------------------- the language
@@ -204,9 +204,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def is_toy_model(name: str) -> bool:
     """`name` is "toy", or a local checkpoint folder or run folder whose chat template is TEMPLATE."""
-    latest = Path(name, "latest")
-    folder = Path(name, latest.read_text("utf-8", "replace").strip() if os.path.isfile(latest) else "")
-    template = folder / "chat_template.jinja"
+    template = newest_step(name) / "chat_template.jinja"
     return name == "toy" or os.path.isfile(template) and template.read_bytes() == TEMPLATE.encode()
 
 

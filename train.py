@@ -8,7 +8,7 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
         --judge wildguard:allenai/wildguard --seeds harmful=harmful.jsonl benign=benign.jsonl
 
 Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it, without a critic
-or an adaptive KL. `main`, at the end, is the whole algorithm in six numbered phases.
+or an adaptive KL. `main`, at the end, is the whole algorithm in numbered phases.
 """
 from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
 import json
@@ -41,10 +41,10 @@ import checkpoint
 from data import read_prompts, read_rows, text_of
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.logprob import head_bytes
-from model import (Transformer, find_checkpoint, load, open_empty, read_weights, refuse_damage, run_config,
-                   save, score)
+from model import (Transformer, find_checkpoint, load, newest_step, open_empty, read_weights, refuse_damage,
+                   run_config, save, score)
 from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Player, Seed,
+from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Player, Seed,
                       credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
                       play, seed_pools, seeds_for_step, show_game)
 
@@ -60,7 +60,7 @@ def opt(default: object, source: str, help: str, choices: Iterable | None = None
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag: its default, where that comes from, what it means. Counts are global: ranks divide them."""
+    """Every flag: its default, where that comes from, what it means. Ranks divide --games among them."""
     model: str = opt("toy", "ours", "folder of a checkpoint or run, or hub name; toy: made here by SFT")
     judge: str = opt("toy", "ours", "toy, a name in judge.JUDGES, or FORMAT:MODEL (judge.FORMATS)")
     seeds: list[str] = opt((), "ours", "files of seeds; a column labels them, or harmful=FILE benign=FILE")
@@ -96,7 +96,7 @@ class Config:
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
-    int: (1, 2 ** 31 - 1), "updates": (1, 1000), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
+    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
     float: (0, 10 ** 6), "temperature": (0.01, 100)}
 
 
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
                       allow_abbrev=False)
     special = {bool: {"action": BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
-        kind = special.get(f.type, {"type": f.type}) | {"choices": f.metadata["choices"]}
+        kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
         text = f"{f.metadata['help']} [{f.default}, {f.metadata['source']}]"
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
@@ -117,6 +117,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     """The configuration, and for each field where its value comes from."""
     args = parse_args(argv)
     import toy
+    if args.get("opponent"):  # of a run, the checkpoint that is its newest now
+        args["opponent"] = str(newest_step(args["opponent"]))
     rows = [("no GPU", NO_GPU)] * (not torch.cuda.is_available() and "plan" not in args)
     rows += [("toy world", TOY_WORLD)] * toy.is_toy_model(args.get("model", "toy"))
     judge = args.get("judge", "toy").partition(":")[0]
@@ -155,13 +157,13 @@ def check_config(cfg: Config, world_size: int) -> None:
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks.")
     check_judge(cfg.judge)
-    if not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
+    if not cfg.resume and not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
         stop(f"--model {cfg.model} needs seeds, and a judge that reads them: add --seeds harmful=FILE "
              "benign=FILE, and --judge keywords or FORMAT:MODEL.")
     checkpoint.check_folder(Path(cfg.out), cfg.resume)
 
 # ---------------------------------------------------------------- the loss
-MAX_MISMATCH = 5e-3  # nats a token between sampler and trainer; in bf16 a matmul changes with its batch
+MAX_MISMATCH = 5e-3  # nats between sampler and trainer; in bf16 a matmul changes with its batch
 
 
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int,
@@ -177,13 +179,12 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
     return -(gain_BT * mask_BT).sum() / n_tokens
 
 
-def importance_weight(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def importance_weight(log_ratio_BT: Tensor) -> Tensor:
     """
     weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
-    importance sampling, Ionides 2008), in turns whose mean |log_ratio| is above MAX_MISMATCH; else 1.
+    importance sampling, Ionides 2008); 1 where the two differ by no more than MAX_MISMATCH.
     """
-    mismatch_B1 = log_ratio_BT.abs().sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
-    return log_ratio_BT.exp().clamp(max=2.0).where(mismatch_B1 > MAX_MISMATCH, 1.0)
+    return log_ratio_BT.exp().clamp(max=2.0).where(log_ratio_BT.abs() > MAX_MISMATCH, 1.0)
 
 
 def step_size(cfg: Config, n: int) -> float:
@@ -194,7 +195,7 @@ def step_size(cfg: Config, n: int) -> float:
     cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
     return cfg.lr * min(1.0, (n + 1) / warm_up) * (0.1 + 0.9 * cosine)
 
-# ---------------------------------------------------------------- distributed: ranks exist here and in main
+# ---------------------------------------------------------------- distributed: what ranks are and share
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: rank of world, and the device and the precision that it computes in."""
@@ -245,7 +246,7 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold all parameters in full on every rank, so that ranks may decode different numbers of tokens."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")]  # none on one process
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]  # none on one process in fp32
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -293,7 +294,7 @@ def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
     for failure in gather_list(failures, ranks):  # the others learn of it here
         if isinstance(failure, SystemExit):  # rank 0 has said why
             raise failure
-        stop_all(ranks, f"The run folder cannot be written ({failure}). Complete checkpoints are intact: "
+        stop_all(ranks, f"A file cannot be read or written ({failure}). Complete checkpoints are intact: "
                         "mend that and go on with --resume.")
 
 
@@ -304,8 +305,8 @@ def log0(ranks: Ranks, text: str) -> None:
 
 def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[int]]:
     """
-    This rank's micro-batches of row numbers: similar lengths, at most `budget` tokens with padding. A pass is
-    a collective, so every rank makes as many; the smallest budget that needs no more passes evens them out.
+    This rank's micro-batches of row numbers: of similar lengths, one row or at most `budget` padded tokens.
+    A pass is a collective: every rank makes as many. The smallest budget that needs no more evens them out.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
@@ -361,7 +362,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
         if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
             old_BT = logprob_BT.detach()
         mismatch_BT = (old_BT - drawn_BT) * mask_BT  # trainer against sampler
-        weight_BT = importance_weight(mismatch_BT, mask_BT)
+        weight_BT = importance_weight(mismatch_BT)
         gain_BT = weight_BT * advantage_BT
         losses = []
         for flag in (1.0, 0.0):  # attacker, defender
@@ -429,7 +430,7 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     models = []
     for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
         with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
-            models.append(Transformer(AutoConfig.from_pretrained(name), name))
+            models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
     sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
     c = models[0].config
     embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
@@ -439,9 +440,11 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
     # a context holds instructions, an attack and an answer; with less memory, fewer games play at a time
     slots = -(-cfg.games // n_gpus) * (512 + 2 * cfg.max_new_tokens)
+    # where several GPUs share a model, its embeddings stay in full between two passes
     always = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
-              "reference, judge, opponent, sharded": sum(sizes) / n_gpus + embeddings}
-    play = {"play: policy, judge, opponent in full": sum(sizes),
+              "reference, judge, opponent": sum(sizes) / n_gpus + embeddings * (n_gpus > 1)}
+    sizes += sizes[:1] * (cfg.play == "attacker" and not cfg.opponent)  # the reference defends
+    play = {"play: policy, judge, opponent in full": sum(sizes) if n_gpus > 1 else sizes[0],
             "play: keys and values": 4 * slots * c.layers * c.kv_heads * c.head_dim}
     update = {"update: gradients, fp32": 2 * sizes[0] / n_gpus,
               "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
@@ -455,7 +458,7 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     text = (f"Disk: {7 * sizes[0] / 2 ** 30:.1f} GiB a checkpoint, {cfg.keep + 1} of them in a save. Host: "
             f"{2 * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends a run 30 "
             "s after a signal; if a step and a save take longer, start it with --shutdown-timeout 600.")
-    return "\n".join([f"| {n_gpus} GPUs | GiB on each |", "| --- | --- |", *rows, "", text])
+    return "\n".join([f"| {n_gpus} GPUs, bf16 | GiB on each |", "| --- | --- |", *rows, "", text])
 
 # ---------------------------------------------------------------- inputs
 def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
@@ -515,7 +518,8 @@ def prepare(cfg: Config, chat: ChatFormat, summaries: list[str], newest: Path | 
     import toy
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(cfg) | {"prompts": asdict(chat.prompts), "files": summaries}
+    files = run_config(cfg.out).get("files", summaries)  # as when the run began
+    settings = asdict(cfg) | {"prompts": asdict(chat.prompts), "files": files}
     checkpoint.replace_text(out / "config.json", json.dumps(settings, indent=1))
     if newest:
         checkpoint.rewind_logs(out, checkpoint.step_number(newest))  # later steps run again
@@ -546,7 +550,7 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
         if problem:
             raise OSError(problem)
         checkpoint.commit(tmp_dir, out / f"step_{step:06d}")
-        checkpoint.prune(out, keep)
+        checkpoint.prune(out, keep, step)
     on_main(ranks, finish)
     log0(ranks, f"saved step_{step:06d} in {time.time() - started:.1f} s")
 
@@ -570,7 +574,7 @@ def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: C
     """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
     lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})")
-    before = run_config(cfg.out).get("files", summaries)  # a run of an earlier version has none
+    before = run_config(cfg.out).get("files", summaries)
     lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
@@ -587,7 +591,7 @@ def main(argv: list[str] | None = None) -> None:
     pools, summaries = read_seeds(cfg)
     ranks = setup(cfg)
     out = Path(cfg.out)
-    newest = checkpoint.newest_complete(out) if cfg.resume else None
+    newest = gather_list([checkpoint.newest_complete(out) if cfg.resume else None], ranks)[0]
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
     chat, in_toy = open_chat(cfg, origin)
@@ -602,9 +606,6 @@ def main(argv: list[str] | None = None) -> None:
         log0(ranks, show_plan(cfg, ranks.world))
 
     # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
-    for folder in checkpoint.checkpoints(out):
-        if checkpoint.step_number(folder) > first:
-            log0(ranks, f"  {folder} is not complete: ignored, and made again")
     on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
     policy = policy or open_sharded(str(out / "step_000000"), torch.float32, ranks)
     reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks).requires_grad_(False)
@@ -642,7 +643,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
         sums, order = [], np.arange(len(experiences))
-        old = [np.zeros(len(e.turn.ids)) for e in experiences]  # not read by a single update
+        old = [e.turn.logprobs for e in experiences]  # not read by a single update
         if cfg.updates > 1:
             old = rescore(policy, experiences, cfg, ranks)
             order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))

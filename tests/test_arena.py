@@ -295,7 +295,7 @@ def test_a_response_is_a_run_whose_opponent_had_the_weights_of_the_model(opponen
     with pytest.raises(SystemExit):
         exploit(run, tmp_path / "response", "--out", tmp_path / "exploit.json")
     sentence = capsys.readouterr().err
-    assert f"train.py --play {play} trained it against {named or 'no frozen model'}, not" in sentence
+    assert f"train.py --play {play} trained it against {named or 'its own start'}, not" in sentence
     assert sentence.count("\n") == 1
 
 

@@ -348,9 +348,9 @@ def write_runs(folder, asr=(0.5, 0.7, None)):
     runs = []
     for number, (play, value) in enumerate(zip(("self", "self", "defender"), asr, strict=True)):
         run = folder / f"{play}-{number}"
-        run.mkdir()
+        (run / "step_000012").mkdir(parents=True)
         (run / "latest").write_text("step_000012")
-        config = {"play": play, "reward": "zero_sum", "cot": True, "attacks": ""}
+        config = {"play": play, "reward": "zero_sum", "cot": True, "attacks": "", "prompts": {}}
         (run / "config.json").write_text(json.dumps(config))
         lines = []
         for step in range(1, 13 - number):
@@ -418,4 +418,4 @@ def test_a_run_s_own_figure_is_drawn_again(tmp_path):
 def test_a_count_of_nothing_is_refused(capsys):
     with pytest.raises(SystemExit):
         command("crossplay", "x", "--n", 0)
-    assert capsys.readouterr().err == "--n 0: must be a number from 1 to 1000000000.\n"
+    assert capsys.readouterr().err == "--n 0: must be a number from 2 to 1000000000.\n"

@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_in_one_sentence_and_it_can_b
     ranks = len(sizes)
     out = first_steps(runs, "limit_" + "_".join(map(str, sizes)))
     done = run("--resume", "--out", out, ranks=ranks, before=partial(limit_file_size, sizes))
-    refused(done, "cannot be written")
+    refused(done, "cannot be read or written")
     assert newest_complete(out).name == (out / "latest").read_text() == "step_000002"
     succeeds("--resume", "--out", out, ranks=ranks)
     is_undisturbed(runs, out, 0.0 if ranks == 1 else 1e-5)

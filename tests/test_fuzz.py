@@ -19,6 +19,7 @@ import train
 from checkpoint import MANIFEST, commit
 from conftest import byte_tokenizer
 from model import new_model, save
+from selfplay import ENGLISH
 
 USUAL = hypothesis.settings(deadline=timedelta(seconds=10), database=None, derandomize=True,
                             suppress_health_check=list(HealthCheck))
@@ -69,7 +70,7 @@ def desk(tmp_path_factory):
     seeds = ["harmful=harmful.jsonl", "benign=benign.jsonl"]
     config = train.Config(judge="keywords", seeds=seeds, model="run", games=8, precision="fp32",
                           max_new_tokens=16)
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(asdict(config) | {"prompts": asdict(ENGLISH)}))
     tokenizer = byte_tokenizer()
     model = new_model(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
                                   num_hidden_layers=1, num_attention_heads=2), seed=0)

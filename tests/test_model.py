@@ -485,8 +485,9 @@ def test_run_config_is_that_of_the_run_to_which_a_folder_belongs_and_empty_for_o
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (run / "latest").write_text("step_000002\n")
-    (run / "config.json").write_text(json.dumps({"seed": 5}))
-    assert run_config(str(run)) == run_config(str(checkpoint)) == {"seed": 5}
+    config = {"seed": 5, "prompts": {"defend": "{text}"}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert run_config(str(run)) == run_config(str(checkpoint)) == config
     assert run_config(str(elsewhere)) == run_config("some/hub-model") == {}
 
 
