@@ -280,6 +280,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_used(runs)
     refused(run("--resume", "--out", out), "no complete checkpoint")
 
 
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_one_that_is_written_now(runs):
+    out = first_steps(runs, "later", steps=3)
+    truncate("model.safetensors", out / "step_000003")
+    (out / "step_000003").rename(out / "step_000009")
+    succeeds("--resume", "--steps", "3", "--keep", "1", "--out", out)
+    assert newest_complete(out).name == (out / "latest").read_text() == "step_000003"
+
+
+def test_a_run_that_died_before_it_named_its_first_checkpoint_can_be_resumed(runs):
+    out = first_steps(runs, "unnamed", steps=0)
+    (out / "latest").unlink()
+    (out / "metrics.jsonl").unlink()
+    succeeds("--resume", "--out", out)
+    is_undisturbed(runs, out)
+
+
 def test_an_optimizer_state_of_full_size_that_cannot_be_read_ends_the_resume_in_a_sentence(runs):
     out = first_steps(runs, "turned")
     file = next((out / "step_000002").glob("optimizer/*"))

@@ -222,6 +222,8 @@ def test_an_edited_seeds_file_and_a_finished_run_are_said_on_resume(model, tmp_p
     said = [line for line in printed.split("\n") if "NOT as when the run began" in line]
     assert len(said) == 1 and said[0].strip().startswith(f"{tmp_path / 'benign'}.jsonl")
     assert "finished" not in printed
+    train.main([*flags[-4:-2], "--resume", "--steps", "3"])
+    assert "NOT as when the run began" in capsys.readouterr().out, "it is said each time"
 
 
 # ---------------------------------------------------------------- UTF-8 whatever the locale

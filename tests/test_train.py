@@ -455,10 +455,24 @@ def test_the_start_of_a_run_is_the_model_under_a_second_name(real, judged, tmp_p
     checkpoint.link_model(judged / "step_000003", tmp_path / "copy")
     copied = {path.name for path in (tmp_path / "copy").iterdir()}
     saved = {path.name for path in (judged / "step_000003").iterdir()}
-    assert copied == saved - {"optimizer", "complete.json"}
+    assert copied == saved - {"optimizer"}
     copy = tmp_path / "copy" / "model.safetensors"
     assert not os.path.samefile(judged / "step_000003" / "model.safetensors", copy)
     measured("weights of the copy", largest_difference(load_file(copy), weights(judged, 3)), 0.0)
+
+
+def test_a_model_in_whose_folder_a_run_begins_is_linked_without_the_run(real, tmp_path):
+    shutil.copytree(real / "policy", tmp_path / "m")
+    (tmp_path / "m" / "run" / "partial_000000").mkdir(parents=True)
+    checkpoint.link_model(tmp_path / "m", tmp_path / "m" / "run" / "step_000000")
+    linked = {path.name for path in (tmp_path / "m" / "run" / "step_000000").iterdir()}
+    assert linked == {path.name for path in (real / "policy").iterdir()}
+
+
+def test_the_opponent_is_the_checkpoint_that_is_the_newest_of_its_run_now(judged):
+    flags = ["--model", str(judged), "--play", "attacker", "--opponent", str(judged)]
+    config, _ = train.parse_config(flags)
+    assert config.opponent == str(judged / "step_000003")
 
 
 def test_a_run_in_bf16_saves_bf16_for_serving_and_resumes_from_its_fp32_weights_to_the_bit(real):
@@ -556,6 +570,27 @@ def test_the_plan_counts_weights_moments_and_cache_as_they_are(tmp_path):
                 "play: keys and values": cache.block_2LBKSE.nbytes / 2 ** 30}
     for name, size in expected.items():
         measured(f"{name}, {size:.2f} GiB, difference", abs(shown[name] - size), 0.0501)
+
+
+SEVEN_BILLION = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+                            num_key_value_heads=32, num_hidden_layers=32, vocab_size=32000)
+
+
+def test_the_plan_counts_the_frozen_start_where_it_defends_and_nothing_twice_on_one_gpu(tmp_path):
+    name = "play: policy, judge, opponent in full"
+    by_play = {play: plan(SEVEN_BILLION, tmp_path, 8, play=play)[name] for play in ("self", "attacker")}
+    assert by_play["attacker"] == pytest.approx(2 * by_play["self"], abs=0.11)
+    judged = Config(model=str(tmp_path), judge=f"wildguard:{tmp_path}", precision="bf16")
+    alone, shared = (re.search(rf"{name} \| (\S+)", train.show_plan(judged, n_gpus)) for n_gpus in (1, 8))
+    assert float(alone[1]) == by_play["self"], "the judge is there already"
+    assert float(shared[1]) == pytest.approx(2 * by_play["self"], abs=0.11)
+
+
+def test_the_plan_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
+    (tmp_path / "latest").write_text("step_000003")
+    rows = plan(SEVEN_BILLION, tmp_path / "step_000003")
+    table = train.show_plan(Config(model=str(tmp_path), judge="keywords"), 1)
+    assert all(f"| {name} | {size:.1f} |" in table for name, size in rows.items())
 
 
 LLAMA = LlamaConfig(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=2,
