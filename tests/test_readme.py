@@ -24,7 +24,7 @@ MODELS = ("Qwen/Qwen2.5-7B-Instruct", "allenai/wildguard", "path/to/SmolLM2-135M
 
 # What makes a command take seconds, put right after its name: flags of the README come later, and win.
 SHORTER = {
-    "train.py": "--steps 1 --games 16 --sft-steps 40 --max-new-tokens 40",
+    "train.py": "--model start --steps 1 --games 16 --max-new-tokens 40",
     "eval.py report": "--n 8",
     "eval.py diversity": "--n 8",
     "eval.py crossplay": "--n 8",
@@ -50,9 +50,10 @@ def shortened(block: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def clone(tmp_path_factory, sft_run):
     """A copy of the project with tiny models and short files under the names that the READMEs use."""
     folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(sft_run / "step_000000", folder / "start")   # an SFT for all runs of the toy world
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
