@@ -408,7 +408,7 @@ def find_checkpoint(name: str) -> Path:
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
     for folder in (Path(name), Path(name).absolute().parent):
-        if os.path.isfile(folder / "config.json") and any(folder.glob("step_*")):
+        if os.path.isfile(folder / "config.json") and os.path.isdir(folder / "step_000000"):
             try:
                 config = json.loads((folder / "config.json").read_text("utf-8"))
                 config["prompts"] = dict(config["prompts"])

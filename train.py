@@ -270,7 +270,7 @@ def judge_in_full(judge: Judge) -> Judge:
 def gather_list(mine: list, ranks: Ranks) -> list:
     """Every rank's list, one after the other, on every rank."""
     if ranks.world == 1:
-        return mine
+        return list(mine)
     lists: list[list] = [[] for _ in range(ranks.world)]
     dist.all_gather_object(lists, mine)
     return [item for part in lists for item in part]

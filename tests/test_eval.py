@@ -348,7 +348,7 @@ def write_runs(folder, asr=(0.5, 0.7, None)):
     runs = []
     for number, (play, value) in enumerate(zip(("self", "self", "defender"), asr, strict=True)):
         run = folder / f"{play}-{number}"
-        (run / "step_000012").mkdir(parents=True)
+        (run / "step_000000").mkdir(parents=True)
         (run / "latest").write_text("step_000012")
         config = {"play": play, "reward": "zero_sum", "cot": True, "attacks": "", "prompts": {}}
         (run / "config.json").write_text(json.dumps(config))

@@ -280,6 +280,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_it_is_used(runs)
     refused(run("--resume", "--out", out), "no complete checkpoint")
 
 
+def test_a_signal_between_the_question_for_signals_and_the_save_waits_for_the_next_step():
+    """main asks once a step; what comes after that must not end the run without a checkpoint."""
+    caught = []
+    signals = train.gather_list(caught, train.Ranks(0, 1, torch.device("cpu")))
+    caught.append("SIGTERM")
+    assert signals == []
+
+
 def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_one_that_is_written_now(runs):
     out = first_steps(runs, "later", steps=3)
     truncate("model.safetensors", out / "step_000003")

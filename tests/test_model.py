@@ -481,7 +481,7 @@ def test_random_init_is_a_function_of_its_seed():
 def test_run_config_is_that_of_the_run_to_which_a_folder_belongs_and_empty_for_other_models(tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     checkpoint = run / "step_000002"
-    for folder in (checkpoint, elsewhere):
+    for folder in (checkpoint, run / "step_000000", elsewhere, elsewhere / "step_1000"):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (run / "latest").write_text("step_000002\n")
