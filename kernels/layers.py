@@ -7,7 +7,7 @@ The layers of a transformer: matrix product, norm, gate and attention.
     attend       out_TE = softmax_s(query_TE . key_SE / sqrt(E) + causal mask_TS) @ value_SE
 
 Training, prefill and decoding call the same functions. A CPU runs the formulas as they stand here. On a
-GPU, kernels in layers_triton.py compute the norm, the gate and the attention of a decode step.
+GPU, kernels in layers_triton.py compute the norm, the gate, their gradients, and a decode step's attention.
 
     python -m pytest tests/test_kernels.py        # every function against fp64
 
@@ -64,6 +64,10 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D = ctx.saved_tensors
+        if x.is_cuda:
+            from kernels import layers_triton
+            grad_x, grad_weight_D = layers_triton.rms_norm_backward(grad_output, x, weight_D, ctx.eps)
+            return grad_x, grad_weight_D.to(weight_D.dtype), None
         r = inverse_rms(x, ctx.eps)
         n = x.float() * r
         grad_weight_D = (grad_output * n).flatten(0, -2).sum(0)
@@ -102,6 +106,9 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if gate_up.is_cuda:
+            from kernels import layers_triton
+            return layers_triton.swiglu_backward(grad_output, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         grad = torch.empty_like(gate_up)
         # Both operators write into grad, so that autograd need not concatenate two gradients.

@@ -1,8 +1,8 @@
 """
-Forward passes of the small layers on a GPU, in Triton. Formulas and gradients are in layers.py.
+The small layers on a GPU, in Triton. Formulas are in layers.py.
 
-    rms_norm      one program per row
-    swiglu        one program per row and block of columns
+    rms_norm      one program per row; backward: one for several rows, which adds up their part of a gradient
+    swiglu        one program per row and block of columns, forward and backward
     attend_one    one program per row and key head: online softmax over the row's own keys (arXiv 1805.02867)
 
 Kernels read each row's length from GPU memory, and the grid depends on tensor sizes alone, so that a CUDA
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NORM_PROGRAMS = 1024   # of the backward pass of a norm, at most: each adds up a gradient of its own
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"   # Triton runs on a CPU, for tests
 
 
@@ -49,6 +50,43 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return y
 
 
+@triton.jit
+def norm_backward_kernel(x_ptr, weight_ptr, grad_y_ptr, grad_x_ptr, grad_weight_ptr, N, D, eps, rows,
+                         BLOCK: tl.constexpr):
+    """Program p: rows p * rows and on, and row p of grad_weight_PD, which is theirs alone."""
+    d_D = tl.arange(0, BLOCK)
+    valid_D = d_D < D
+    weight_D = tl.load(weight_ptr + d_D, mask=valid_D, other=0.0).to(tl.float32)
+    grad_weight_D = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * rows
+    for n in range(first, tl.minimum(first + rows, N)):
+        offset_D = n * D + d_D
+        x_D = tl.load(x_ptr + offset_D, mask=valid_D, other=0.0).to(tl.float32)
+        grad_y_D = tl.load(grad_y_ptr + offset_D, mask=valid_D, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(x_D * x_D, 0) / D + eps)
+        n_D = x_D * r
+        grad_weight_D += grad_y_D * n_D
+        grad_n_D = grad_y_D * weight_D
+        grad_x_D = (grad_n_D - n_D * (tl.sum(grad_n_D * n_D, 0) / D)) * r
+        tl.store(grad_x_ptr + offset_D, grad_x_D, mask=valid_D)
+    tl.store(grad_weight_ptr + tl.program_id(0).to(tl.int64) * D + d_D, grad_weight_D, mask=valid_D)
+
+
+def rms_norm_backward(grad_y: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(grad_x, grad_weight_D) of rms_norm. The latter is the sum over the programs, in fp32."""
+    x, grad_y = x.contiguous(), grad_y.contiguous()
+    D = x.shape[-1]
+    N = x.numel() // D
+    rows = max(1, triton.cdiv(N, NORM_PROGRAMS))
+    programs = triton.cdiv(N, rows)
+    grad_x = torch.empty_like(x)
+    grad_weight_PD = x.new_empty(programs, D, dtype=torch.float32)
+    if N:
+        norm_backward_kernel[(programs,)](x, weight_D, grad_y, grad_x, grad_weight_PD, N, D, eps, rows,
+                                          BLOCK=triton.next_power_of_2(D))
+    return grad_x, grad_weight_PD.sum(0)
+
+
 # ---------------------------------------------------------------- gate
 
 @triton.jit
@@ -74,6 +112,34 @@ def swiglu(gate_up: Tensor) -> Tensor:
         grid = (y.numel() // ffn_dim, triton.cdiv(ffn_dim, block))
         swiglu_kernel[grid](gate_up, y, ffn_dim, BLOCK=block)
     return y
+
+
+@triton.jit
+def swiglu_backward_kernel(grad_y_ptr, gate_up_ptr, grad_ptr, ffn_dim, BLOCK: tl.constexpr):
+    """Program (n, j): the gradients of both sides in block j of the columns of row n."""
+    row = tl.program_id(0).to(tl.int64) * ffn_dim
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = column < ffn_dim
+    side = 2 * row + column
+    gate = tl.load(gate_up_ptr + side, mask=valid).to(tl.float32)
+    up = tl.load(gate_up_ptr + side + ffn_dim, mask=valid).to(tl.float32)
+    grad_y = tl.load(grad_y_ptr + row + column, mask=valid).to(tl.float32)
+    s = tl.sigmoid(gate)
+    grad_gate = grad_y * up * s * (1 + gate * (1 - s))   # silu(x) = x s(x), and s' = s (1 - s)
+    tl.store(grad_ptr + side, grad_gate, mask=valid)
+    tl.store(grad_ptr + side + ffn_dim, grad_y * gate * s, mask=valid)
+
+
+def swiglu_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up, [..., 2 * ffn_dim]."""
+    grad_y, gate_up = grad_y.contiguous(), gate_up.contiguous()
+    ffn_dim = grad_y.shape[-1]
+    grad = torch.empty_like(gate_up)
+    if grad_y.numel():
+        block = min(1024, triton.next_power_of_2(ffn_dim))
+        grid = (grad_y.numel() // ffn_dim, triton.cdiv(ffn_dim, block))
+        swiglu_backward_kernel[grid](grad_y, gate_up, grad, ffn_dim, BLOCK=block)
+    return grad
 
 
 # ---------------------------------------------------------------- attention of one query per row

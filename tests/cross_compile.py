@@ -31,9 +31,9 @@ HEAD = {"BLOCK_G": 16, "BLOCK_E": 128}   # of Llama-3.1-8B and Qwen2.5-7B
 
 def constants_of(name: str, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and options that a launch for a real model would choose."""
-    if name == "norm_kernel":
+    if name in ("norm_kernel", "norm_backward_kernel"):
         return {"BLOCK": 4096}
-    if name == "swiglu_kernel":
+    if name in ("swiglu_kernel", "swiglu_backward_kernel"):
         return {"BLOCK": 1024}
     if name == "attend_kernel":
         return {"BLOCK_S": 128 // dtype.itemsize, **HEAD}
@@ -42,7 +42,7 @@ def constants_of(name: str, dtype: torch.dtype) -> dict[str, int]:
 
 def type_of(argument: str, kernel: str, dtype: str) -> str:
     """The Triton type of one argument."""
-    if argument == "out_ptr" and kernel == "forward_kernel":
+    if (kernel, argument) in (("forward_kernel", "out_ptr"), ("norm_backward_kernel", "grad_weight_ptr")):
         return "*fp32"
     return TYPES.get(argument, f"*{dtype}" if argument.endswith("_ptr") else "i32")
 

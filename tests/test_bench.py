@@ -89,10 +89,12 @@ class Replay:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """Small ceilings and decode steps, and stand-ins for what only a GPU has."""
+    """Small ceilings and decode steps on the CPU, and stand-ins for what only a GPU has."""
+    for module in (bench, bench_gpu):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     for name, value in {"MATMUL": 64, "COPY": 1000, "ROWS": 4, "CONTEXT": 16}.items():
         monkeypatch.setattr(bench_gpu, name, value)
-    stand_ins = {"CUDAGraph": Replay, "graph": lambda graph: nullcontext(),
+    stand_ins = {"CUDAGraph": Replay, "graph": lambda graph, **options: nullcontext(),
                  "get_device_name": lambda: "no GPU", "reset_peak_memory_stats": lambda: None}
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
