@@ -22,10 +22,10 @@ LOWEST = tl.constexpr(-1e30)   # used for -inf: 0 * LOWEST is 0, but 0 * -inf is
 
 
 def tile_sizes(dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of a program's tile, and its warps: the largest that compile for Hopper without spills."""
+    """Sizes of a program's tile, and its warps: in bf16 the fastest of eight on an H200."""
     if dtype == torch.float32 and not INTERPRET:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 64, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit

@@ -55,9 +55,11 @@ def commands(work: Path) -> dict[str, list[str]]:
     seeds = ["--seeds", "harmful=harmful.jsonl", "benign=benign.jsonl"]
     real = [str(ROOT / "train.py"), "--model", "policy", *seeds, "--no-cot", "--precision", "bf16",
             "--recompute", "--games", games, "--max-new-tokens", length, "--steps", "3", "--no-exam"]
-    toy_size = ["--steps", "20"] if ON_GPU else ["--steps", "2", "--games", "8", "--sft-steps", "2"]
+    toy_size = ["--steps", "20", "--sft-steps", "200"]   # the SFT runs on the CPU
+    if not ON_GPU:
+        toy_size = ["--steps", "2", "--sft-steps", "2", "--games", "8"]
     return {
-        "tests": ["-m", "pytest", "-q", str(ROOT / "tests")],
+        "tests": ["-m", "pytest", "-q", "-n", "8", "--dist", "loadfile", str(ROOT / "tests")],
         "toy": [str(ROOT / "train.py"), "--no-exam", "--out", "toy", *toy_size],
         "alone": [*real, "--judge", "keywords", "--out", "alone"],
         "judge": [*real, "--judge", "wildguard:judge", "--out", "judge_run"],
