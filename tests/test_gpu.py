@@ -1,5 +1,5 @@
 """
-What only a GPU can show. Elsewhere these tests are skipped; no GPU has run them yet.
+What only a GPU can show. Elsewhere these tests are skipped.
 
 The kernels themselves run on the GPU in test_kernels.py. To try this file's own logic on a CPU:
 
