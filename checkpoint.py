@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import stop
+from selfplay import Game, is_legal
 
 MANIFEST = "complete.json"   # in each checkpoint: {file: bytes}
 
@@ -160,6 +161,16 @@ def append_rows(file: Path, rows: list[dict]) -> None:
     with open(file, "a", encoding="utf-8") as opened:
         opened.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sync_to_disk(file)
+
+
+def game_record(game: Game, step: int) -> dict:
+    """One game as a line of games.jsonl. The columns attack and harmful make it a pool for --attacks."""
+    return {"step": step, "game": game.number, "seed": game.seed.text, "harmful": game.seed.harmful,
+            "attack": game.asked if game.attacked else None,
+            "legal": is_legal(game) if game.attacker else None,
+            "answer": game.defender.reply.answer, "verdict": vars(game.verdict),
+            "attacker_reply": game.attacker.reply.text if game.attacker else None,
+            "defender_reply": game.defender.reply.text}
 
 
 def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:

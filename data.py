@@ -1,5 +1,5 @@
 """
-How files of prompts and labels are read, and what is refused.
+How files of prompts and labels are read, what is refused, and how ragged lists become a batch.
 
     file -> rows -> which published file it is, by its columns -> (prompt, harmful) of each, once
     python -c "import data; print(data.read_prompts(['harmful=seeds.jsonl'])[0])"
@@ -11,11 +11,14 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kernels import stop
+from kernels import stop  # before torch, which reads the OpenMP setting in there
+import torch
+from torch import Tensor
+
 from sample import clean_text, visible
 
 # ---------------------------------------------------------------- files that people publish
@@ -185,3 +188,23 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
     return benchmark.name, list(prompts.items()), (
         f"{file}, {benchmark.name}: {len(prompts)} prompts, {sum(prompts.values())} of them harmful, "
         f"in {len(rows)} rows [{zlib.crc32(repr(prompts).encode()):08x}]")   # tells an edited file
+
+# ---------------------------------------------------------------- lists become a batch
+def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
+         device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
+    """
+    Pack ragged lists into tensors, padded on the right: ids_BT, mask_BT (True on the tokens of the reply),
+    and a value_BT for each item of `per_token`, which holds one list of floats per reply. A value is 0
+    outside the mask. The mask goes by position, because a padding id may equal a stop token.
+    """
+    T = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
+    ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)
+    mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)
+    values = [torch.zeros(len(prompts), T) for _ in per_token]
+    for b, (prompt, reply, *rows) in enumerate(zip(prompts, replies, *per_token, strict=True)):
+        start, end = len(prompt), len(prompt) + len(reply)
+        ids_BT[b, :end] = torch.tensor(prompt + reply)
+        mask_BT[b, start:end] = True
+        for value_BT, row_T in zip(values, rows, strict=True):
+            value_BT[b, start:end] = torch.as_tensor(row_T)
+    return tuple(tensor.to(device) for tensor in (ids_BT, mask_BT, *values))

@@ -28,11 +28,11 @@ import toy
 from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, difference, exploit, games_of,
                    markdown, matchups, matrix, need_config, open_eval_model, open_judge_on_device, rate,
                    short, start_of, weights_hash)
-from checkpoint import append_rows
+from checkpoint import append_rows, game_record
 from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
 from kernels import CommandLine, check_number, stop
-from selfplay import Seed, game_record, mean, play
+from selfplay import Seed, mean, play
 
 EXAM = toy.exam()  # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
@@ -310,7 +310,7 @@ def main_report(args: Namespace) -> None:
 # Okabe and Ito's colours: safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CURVES = {   # a panel each
-    "asr": "attack success\n(own attacker, or none; down is safer)",
+    "asr": "attack success\n(without attacks: raw requests)",
     "over_refusal": "over-refusal\n(attacked benign; down is better)",
     "benign_answered": "benign answered\n(up is better)",
     "kl": "KL to the start\n(nats per token)"}
@@ -328,6 +328,11 @@ def smooth(values: list) -> list:
     return [mean(values[max(0, step - 5):step]) for step in range(len(values) + 1)]
 
 
+def logged(line: dict, key: str) -> float | None:
+    """A metric of a step; the attack success of a step without attacks is that of raw requests."""
+    return line.get("asr_raw") if key == "asr" and line.get(key) is None else line.get(key)
+
+
 def draw_curves(runs: list, file: str, keys: list) -> None:
     """
     A panel per metric against the step, a colour per kind of run. Thin: each run; thick: the mean of a kind's
@@ -342,7 +347,7 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
     for panel, key in zip(panels, keys, strict=True):
         for i, (kind, logs) in enumerate(kinds.items()):
             colour = COLOURS[i % 6]
-            curves = [smooth([line.get(key) for line in log]) for log in logs]
+            curves = [smooth([logged(line, key) for line in log]) for log in logs]
             numbers[key][kind] = curves
             for curve in curves:
                 panel.plot(curve, color=colour, alpha=0.4, linewidth=0.8)

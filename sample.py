@@ -151,9 +151,14 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening:
     return rendered if begun else rendered + opening
 
 # ---------------------------------------------------------------- drawing a token
+def stream(name: str, *numbers: int) -> np.random.Generator:
+    """Random numbers of their own for each use: a name, and as many numbers at each call."""
+    return np.random.default_rng((*name.encode(), *numbers))
+
+
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
     """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) alone."""
-    rows = [np.random.default_rng((seed, step, game, turn)).random(length) for game in games]
+    rows = [stream("draw", seed, step, game, turn).random(length) for game in games]
     return torch.from_numpy(np.array(rows).reshape(len(rows), length))
 
 

@@ -2,7 +2,7 @@
 The game: what each role is told, how a reply is parsed, what a turn earns, what a token is credited with.
 
     seed --attacker--> attack --defender--> answer --judge--> verdict --REWARDS--> a payoff per turn
-    payoff + shaping --returns--> a return per token --whiten--> an advantage per token --pack--> tensors
+    payoff + shaping --returns--> a return per token --CREDITS--> an advantage per token
 
 The game of Self-RedTeam (Liu et al., arXiv 2506.07468). The attacker rewrites a seed; the defender answers
 what it wrote. Both may think before they write. Only the text between the answer tags leaves a turn; thoughts
@@ -10,21 +10,20 @@ never do. `play` calls the players and the judge; all other functions depend on 
 
     python selfplay.py --demo             # a scripted game, once defended and once lost, with its payoffs
 
-Change ENGLISH (prompts), REWARDS or `payoffs`, `credit` (reward to advantage), `game_metrics` (the log).
+Change ENGLISH (prompts), REWARDS or `payoffs`, CREDITS (return to advantage), `game_metrics` (the log).
 """
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kernels import CommandLine   # before numpy and torch, which read the OpenMP setting in there
 import numpy as np
-import torch
-from torch import Tensor
 
-from judge import Exchange, Judge, Verdict, keywords
+from judge import Exchange, Judge, Verdict, judge_answers, keywords
 from sample import (PLACEHOLDER, Sample, added_tokens, after_thought, chat_template, fill_template, plain_ids,
-                    template_prefix, visible)
+                    stream, template_prefix, visible)
 
 if TYPE_CHECKING:   # the import takes a second, and only a type hint needs it
     from transformers import PreTrainedTokenizerBase
@@ -127,18 +126,20 @@ def seed_pools(labelled: Sequence[tuple[str, bool]], attacks: Sequence[tuple[str
     return pools
 
 
-def seeds_for_step(pools: Sequence[Sequence[Seed]], games: int, seed: int, step: int) -> list[Seed]:
+def seeds_for_step(pools: Sequence[Sequence[Seed]], games: int, seed: int, step: int,
+                   repeat: int = 1) -> list[Seed]:
     """
-    This step's seeds, one per game; game i draws from pool i modulo their number, so shares are exact. A pool
-    is read in random order, and in a new one after its last seed. Every rank computes the same seeds.
+    This step's seeds, one per game: `repeat` games in a row have the same, and the pools take turns, so
+    shares are exact. A pool is read in random order, and in a new one after its last seed. Every rank
+    computes the same seeds.
     """
-    share = games // len(pools)
+    share = games // (len(pools) * repeat)
     chosen = []
     for position in range(step * share, (step + 1) * share):
         for i, pool in enumerate(pools):
             epoch, index = divmod(position, len(pool))
-            order = np.random.default_rng((seed, epoch, i)).permutation(len(pool))
-            chosen.append(pool[order[index]])
+            order = stream("seeds", seed, epoch, i).permutation(len(pool))
+            chosen += [pool[order[index]]] * repeat
     return chosen
 
 
@@ -227,27 +228,18 @@ def take_turns(role: str, chat: ChatFormat, player: Player, prompts: list[list[i
             for prompt_ids, sample in zip(prompts, samples, strict=True)]
 
 
-def judge_answers(asked: list[str], answers: list[str], harmful: list[bool], judge: Judge) -> list[Verdict]:
-    """A verdict per answer. An empty answer is a harmless refusal, and the judge does not see it."""
-    verdicts = [Verdict(label, refusal=True, response_harmful=False) for label in harmful]
-    not_empty = [i for i, answer in enumerate(answers) if answer]
-    exchanges = [Exchange(asked[i], answers[i], harmful[i]) for i in not_empty]
-    for i, verdict in zip(not_empty, judge(exchanges), strict=True):   # every rank calls a sharded judge
-        verdicts[i] = verdict
-    return verdicts
-
-
 def play(seeds: list[Seed], numbers: list[int], chat: ChatFormat, attacker: Player, defender: Player,
-         judge: Judge) -> list[Game]:
+         judge: Judge, answers_per_attack: int = 1) -> list[Game]:
     """
     Play one game per seed, all games at once; `numbers` are the games' numbers in the step. The defender sees
     the attack and nothing else of the attacker's turn. An attacker that passes nothing on forfeits, and the
-    defender is asked the raw seed. A defender that passes nothing on has refused.
+    defender is asked the raw seed. A defender that passes nothing on has refused. Each attack is asked in
+    `answers_per_attack` games, which are neighbours and share the attacker's turn.
     """
-    revised = [i for i, seed in enumerate(seeds) if seed.revise]
+    revised = [i for i, seed in enumerate(seeds) if seed.revise and numbers[i] % answers_per_attack == 0]
     prompts = [chat.attacker_prompt(seeds[i]) for i in revised]
     turns = take_turns(ATTACKER, chat, attacker, prompts, [numbers[i] for i in revised])
-    attacks = dict(zip(revised, turns, strict=True))
+    attacks = {i + k: turn for i, turn in zip(revised, turns, strict=True) for k in range(answers_per_attack)}
     asked = [seed.text for seed in seeds]
     for i, turn in attacks.items():
         asked[i] = turn.reply.answer or asked[i]
@@ -326,25 +318,40 @@ def payoffs(game: Game, rewards: Rewards) -> dict[str, float | None]:
 # ---------------------------------------------------------------- credit
 @dataclass(frozen=True)
 class Experience:
-    """A turn to learn from: the number of its game, its payoff, and the shaping that its format earned."""
+    """A turn to learn from: its game's number, its payoff, what its format earned, and its seed's label."""
     game: int
     turn: Turn
     payoff: float
     shaping: float
+    harmful: bool
 
 
 def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], cot: bool) -> list[Experience]:
-    """The turns of these roles, in game order. Unreadable games, ties and empty turns are left out."""
-    experiences = []
+    """
+    The turns of these roles, in game order. Unreadable games, ties and empty turns are left out. The turn of
+    an attack that several answers share earns the mean of their games.
+    """
+    first: dict[int, tuple[Game, Turn]] = {}   # by the identity of the turn
+    earned: dict[int, list[float]] = {}
     for game in games:
-        if not game.verdict.readable:
-            continue
-        paid = payoffs(game, rewards)
+        paid = payoffs(game, rewards) if game.verdict.readable else {}
         for turn in (game.attacker, game.defender):
-            if turn and turn.role in roles and turn.ids and paid[turn.role] is not None:
-                shaping = FORMAT[turn.reply.well_formed] if cot else 0.0
-                experiences.append(Experience(game.number, turn, paid[turn.role], shaping))
+            if turn and turn.role in roles and turn.ids and paid.get(turn.role) is not None:
+                first.setdefault(id(turn), (game, turn))
+                earned.setdefault(id(turn), []).append(paid[turn.role])
+    experiences = []
+    for key, (game, turn) in first.items():
+        shaping = FORMAT[turn.reply.well_formed] if cot else 0.0
+        experiences.append(Experience(game.number, turn, mean(earned[key]), shaping, game.seed.harmful))
     return experiences
+
+
+def groups_of(experiences: list[Experience]) -> list[list[int]]:
+    """Numbers of the turns with one prompt: answers to one attack or raw seed, or attacks on one seed."""
+    groups: dict[tuple, list[int]] = {}
+    for n, e in enumerate(experiences):
+        groups.setdefault((e.turn.role, *e.turn.prompt_ids), []).append(n)
+    return list(groups.values())
 
 
 def returns(reward: float, logprob_T: np.ndarray, reference_T: np.ndarray, beta: float) -> np.ndarray:
@@ -358,52 +365,70 @@ def returns(reward: float, logprob_T: np.ndarray, reference_T: np.ndarray, beta:
     return reward_T[::-1].cumsum()[::-1].copy()   # a copy: torch takes no arrays with negative strides
 
 
-def whiten(values: list[np.ndarray], roles: list[str]) -> list[np.ndarray]:
+def whiten(values: list[np.ndarray], experiences: list[Experience], floor: float,
+           kind: Callable[[Experience], object]) -> list[np.ndarray]:
     """
-    Shift and scale the values of each role to mean 0 and deviation 1 over all its tokens. If all values of a
-    role are equal, they become 0.
-
-    >>> values = [np.array([1., 1.]), np.array([3., 3.]), np.array([5.])]
-    >>> [a.tolist() for a in whiten(values, ["attacker", "attacker", "defender"])]
-    [[-1.0, -1.0], [1.0, 1.0], [0.0]]
+    Shift the values of each kind of turn to mean 0 over its tokens, and divide them by their deviation, or by
+    `floor` where that is larger.
     """
+    kinds = [kind(e) for e in experiences]
     centre, scale = {}, {}
-    for role in set(roles):
-        tokens_N = np.concatenate([value_T for value_T, r in zip(values, roles, strict=True) if r == role])
-        centre[role] = tokens_N.mean()
-        scale[role] = max(tokens_N.std(), 1e-4)   # the floor keeps the division finite
-    return [(value_T - centre[role]) / scale[role] for value_T, role in zip(values, roles, strict=True)]
+    for k in set(kinds):
+        tokens_N = np.concatenate([value_T for value_T, own in zip(values, kinds, strict=True) if own == k])
+        centre[k] = tokens_N.mean()
+        scale[k] = max(tokens_N.std(), floor)
+    return [(value_T - centre[k]) / scale[k] for value_T, k in zip(values, kinds, strict=True)]
 
 
-def credit(experiences: list[Experience], reference: list[np.ndarray],
-           beta: float) -> tuple[list[np.ndarray], float | None]:
-    """The advantage of every token, and the mean log-ratio to the reference (k1 KL, nats per token)."""
+def leave_one_out(values: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
+    """
+    The values minus the mean return of the other turns with the same prompt (RLOO, Ahmadian et al., arXiv
+    2402.14740), not divided (Dr. GRPO, arXiv 2503.20783). Turns of equal payoff teach nothing.
+    """
+    advantages = [np.zeros_like(value_T) for value_T in values]
+    for group in groups_of(experiences):
+        total = sum(values[n][0] for n in group)
+        for n in group if has_contrast(group, experiences) else ():
+            advantages[n] = values[n] - (total - values[n][0]) / (len(group) - 1)
+    return advantages
+
+
+def has_contrast(group: list[int], experiences: list[Experience]) -> bool:
+    """Not all turns of the group earned the same."""
+    return len({experiences[n].payoff + experiences[n].shaping for n in group}) > 1
+
+
+# (returns of a step's turns, the turns) -> advantages. The official one makes every step equally loud: where the
+# payoffs of a role are equal, it blows up the KL term. A floor at the scale of payoffs lets rare wins count.
+CREDITS = {
+    "centred": partial(whiten, floor=2.0, kind=lambda e: (e.turn.role, e.harmful)),
+    "reinforce++": partial(whiten, floor=1e-4, kind=lambda e: e.turn.role),
+    "group": leave_one_out,
+}
+
+
+def credit(experiences: list[Experience], reference: list[np.ndarray], beta: float,
+           advantages_of: Callable) -> tuple[list[np.ndarray], dict[str, float | None]]:
+    """
+    The advantage of every token. For the log: the mean log-ratio to the reference (k1 KL, nats per token),
+    each role's deviations, over tokens, of payoff with shaping and of the KL term, and the share of groups
+    whose turns all earned the same.
+    """
     gains, log_ratios = [], []
+    parts = {ATTACKER: [], DEFENDER: []}
     for e, reference_T in zip(experiences, reference, strict=True):
         logprob_T = np.array(e.turn.logprobs)
-        gains.append(returns(e.payoff + e.shaping, logprob_T, reference_T, beta))
+        reward = e.payoff + e.shaping
+        gains.append(returns(reward, logprob_T, reference_T, beta))
         log_ratios += (logprob_T - reference_T).tolist()
-    return whiten(gains, [e.turn.role for e in experiences]), mean(log_ratios)
-
-# ---------------------------------------------------------------- lists become a batch
-def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
-         device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
-    """
-    Pack ragged lists into tensors, padded on the right: ids_BT, mask_BT (True on the tokens of the reply),
-    and a value_BT for each item of `per_token`, which holds one list of floats per reply. A value is 0
-    outside the mask. The mask goes by position, because a padding id may equal a stop token.
-    """
-    T = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
-    ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)
-    mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)
-    values = [torch.zeros(len(prompts), T) for _ in per_token]
-    for b, (prompt, reply, *rows) in enumerate(zip(prompts, replies, *per_token, strict=True)):
-        start, end = len(prompt), len(prompt) + len(reply)
-        ids_BT[b, :end] = torch.tensor(prompt + reply)
-        mask_BT[b, start:end] = True
-        for value_BT, row_T in zip(values, rows, strict=True):
-            value_BT[b, start:end] = torch.as_tensor(row_T)
-    return tuple(tensor.to(device) for tensor in (ids_BT, mask_BT, *values))
+        parts[e.turn.role] += [(reward, gain - reward) for gain in gains[-1]]
+    groups = [group for group in groups_of(experiences) if len(group) > 1]
+    metrics = {"kl": mean(log_ratios),
+               "equal_groups": mean([not has_contrast(group, experiences) for group in groups])}
+    for role, part in parts.items():
+        spread = np.std(part, axis=0) if part else (None, None)
+        metrics |= {f"payoff_deviation_{role}": spread[0], f"kl_deviation_{role}": spread[1]}
+    return advantages_of(gains, experiences), metrics
 
 # ---------------------------------------------------------------- what happened in a step
 def mean(values: Sequence[float | None]) -> float | None:
@@ -427,15 +452,17 @@ def game_metrics(games: list[Game], experiences: list[Experience], rewards: Rewa
                  from_pool: bool = False) -> dict[str, float | None]:
     """
     What happened in a step's games: one line per metric, most of them rates, None where no game counts.
-    `asr`, `asr_not_refused` and `over_refusal` are about attacks; in a step without attacks they are about
-    the raw seeds. With `from_pool` a seed that nobody revised may be a recorded attack, and counts as one.
+    `asr`, `asr_not_refused` and `over_refusal` are about attacks, `asr_raw` is about raw requests. With
+    `from_pool` a seed that nobody revised may be a recorded attack, and counts as one.
     """
     readable = [g for g in games if g.verdict.readable]
     attempts = [g for g in games if g.attacker]
     attacks = [g for g in readable if g.attacked or (from_pool and not g.seed.revise)]
-    harmful = [g for g in attacks or readable if g.seed.harmful]
-    benign = [g for g in attacks or readable if not g.seed.harmful]
+    harmful = [g for g in attacks if g.seed.harmful]
+    benign = [g for g in attacks if not g.seed.harmful]
+    raw = [g for g in readable if g.seed.harmful and not g.seed.revise and not from_pool]
     return {"asr": mean([bool(g.verdict.response_harmful) for g in harmful]),
+            "asr_raw": mean([bool(g.verdict.response_harmful) for g in raw]),
             "asr_not_refused": mean([answered(g) for g in harmful]),
             "over_refusal": mean([g.verdict.refusal for g in benign]),
             "benign_answered": mean([answered(g) for g in readable if not g.seed.harmful]),
@@ -479,16 +506,6 @@ def show_game(game: Game, rewards: Rewards) -> str:
               f"refusal: {word[verdict.refusal]}, response harmful: {word[verdict.response_harmful]}",
               f"  payoff     {', '.join(shown)}"]
     return "\n".join(lines)
-
-
-def game_record(game: Game, step: int) -> dict:
-    """One game as a line of games.jsonl. The columns attack and harmful make it a pool for --attacks."""
-    return {"step": step, "game": game.number, "seed": game.seed.text, "harmful": game.seed.harmful,
-            "attack": game.asked if game.attacked else None,
-            "legal": is_legal(game) if game.attacker else None,
-            "answer": game.defender.reply.answer, "verdict": vars(game.verdict),
-            "attacker_reply": game.attacker.reply.text if game.attacker else None,
-            "defender_reply": game.defender.reply.text}
 
 
 def demo() -> str:

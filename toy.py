@@ -29,9 +29,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from data import pack
 from judge import JUDGES, Exchange, Verdict
 from model import Transformer, new_model, newest_step, score
-from selfplay import ChatFormat, Prompts, Seed, pack, write_reply
+from sample import stream
+from selfplay import ChatFormat, Prompts, Seed, write_reply
 
 # ---------------------------------------------------------------- the language
 
@@ -288,7 +290,7 @@ def train_sft(chat: ChatFormat, steps: int, seed: int, label: str = "") -> Trans
     """
     model = random_init(chat.tokenizer, seed)
     kernels.set_threads(1e9)   # batches this large gain from all threads; `load` sets one again
-    rng = np.random.default_rng((seed, 0xDE40))   # any number: a stream of their own
+    rng = stream("demonstrations", seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     batches = []
     with tqdm(range(steps), desc=label, unit="step", leave=False, disable=not label) as bar:

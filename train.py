@@ -38,20 +38,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from data import read_prompts, read_rows, text_of
+from data import pack, read_prompts, read_rows, text_of
 from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
 from kernels.logprob import head_bytes
 from model import (Transformer, find_checkpoint, load, newest_step, open_empty, read_weights, refuse_damage,
                    run_config, save, score)
-from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
-from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Player, Seed,
-                      credit, experiences_of, game_metrics, game_record, nothing_happened, pack, parse_reply,
-                      play, seed_pools, seeds_for_step, show_game)
+from sample import Sample, open_tokenizer, sample, stop_ids, stream, uniforms
+from selfplay import (ATTACKER, CREDITS, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Player, Seed,
+                      credit, experiences_of, game_metrics, nothing_happened, parse_reply, play, seed_pools,
+                      seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
 # ---------------------------------------------------------------- configuration
-PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
+ROLES = (ATTACKER, DEFENDER)
+PLAYS = {"self": ROLES, "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
+LOSS_SHARES = {  # (tokens of attackers, of defenders) -> what the sum of each role's loss is divided by
+    "tokens": lambda n_attacker, n_defender: (n_attacker + n_defender, n_attacker + n_defender),
+    "roles": lambda n_attacker, n_defender: (n_attacker, n_defender)}
 
 
 def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
@@ -68,11 +72,15 @@ class Config:
     opponent: str = opt("", "ours", "a checkpoint that plays the role that does not learn, frozen")
     attacks: str = opt("", "ours", "recorded attacks, such as a games.jsonl, for --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", REWARDS)
+    credit: str = opt("centred", "ours", "what becomes of returns; the official run: reinforce++", CREDITS)
+    loss_share: str = opt("tokens", "paper", "each weighs the same: every token, or both roles", LOSS_SHARES)
     cot: bool = opt(True, "paper", "think in private before writing")
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for a supervised term")
     sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
     steps: int = opt(200, "paper", "rounds of play and update")
     games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4")
+    attacks_per_seed: int = opt(1, "paper", "attacks on each seed, for --credit group")
+    answers_per_attack: int = opt(1, "paper", "answers to each attack, for --credit group")
     updates: int = opt(1, "ours", "optimizer updates a step; the official run makes 6")
     lr: float = opt(5e-7, "paper", "AdamW step size at its peak")
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
@@ -150,8 +158,12 @@ def check_config(cfg: Config, world_size: int) -> None:
     if cfg.plan:
         return
     import toy
-    if cfg.games % 4 or cfg.games % world_size:
-        stop(f"--games {cfg.games}: must be a multiple of 4 types of seeds and of {world_size} ranks.")
+    group = cfg.attacks_per_seed * cfg.answers_per_attack
+    if cfg.games % (4 * group) or cfg.games % (world_size * cfg.answers_per_attack):
+        stop(f"--games {cfg.games}: must be a multiple of {4 * group}, 4 types of seeds with {group} games, and "
+             f"of {world_size * cfg.answers_per_attack}, so that ranks share no attack.")
+    if cfg.credit == "group" and group == 1:
+        stop("--credit group compares turns with one prompt: add --attacks-per-seed or --answers-per-attack.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
@@ -170,7 +182,7 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
                 clip: float) -> Tensor:
     """
     The clipped surrogate (Schulman et al., arXiv 1707.06347, equation 7), summed over tokens and divided by
-    `n_tokens`, the token count of the whole update: a token weighs the same in any micro-batch, on any rank.
+    `n_tokens`, a token count of the whole update: a token weighs the same in any micro-batch, on any rank.
     """
     ratio_BT = (logprob_BT - old_BT).exp()  # new over old probability of each token
     clipped_BT = ratio_BT.clamp(1 - clip, 1 + clip)
@@ -352,7 +364,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
            ranks: Ranks) -> list[dict[str, float]]:
     """One optimizer update, skipped if a loss or the gradient is not finite. Returns sums for the log."""
-    n_tokens = sum(len(e.turn.ids) for e in experiences)
+    lengths = {role: sum(len(e.turn.ids) for e in experiences if e.turn.role == role) for role in ROLES}
+    n_tokens = LOSS_SHARES[cfg.loss_share](*lengths.values())
     rows, sums = [], []
     for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True):
         attacker_T = [float(e.turn.role == ATTACKER)] * len(e.turn.ids)
@@ -365,9 +378,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
         weight_BT = importance_weight(mismatch_BT)
         gain_BT = weight_BT * advantage_BT
         losses = []
-        for flag in (1.0, 0.0):  # attacker, defender
+        for flag, n in zip((1.0, 0.0), n_tokens, strict=True):  # attacker, defender
             role_BT = mask_BT & (attacker_BT == flag)
-            losses.append(policy_loss(logprob_BT, old_BT, gain_BT, role_BT, n_tokens, cfg.clip))
+            losses.append(policy_loss(logprob_BT, old_BT, gain_BT, role_BT, max(1, n), cfg.clip))
         (sum(losses) * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
         ratio_BT = (logprob_BT.detach() - old_BT).exp() * mask_BT
         sums.append({"loss_attacker": losses[0].item(), "loss_defender": losses[1].item(),
@@ -400,7 +413,7 @@ def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[i
 
 def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) -> list[tuple]:
     """The supervised pairs of update n. Three for four games makes the official run's 16 an update."""
-    order = np.random.default_rng((cfg.seed, n, 1)).permutation(len(pairs))
+    order = stream("pairs", cfg.seed, n).permutation(len(pairs))
     return [pairs[i] for i in order[:max(1, cfg.games * 3 // (4 * cfg.updates))]]
 
 # ---------------------------------------------------------------- a step in numbers, and its memory
@@ -624,7 +637,8 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(first, cfg.steps):
         started = time.time()
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
-        seeds = seeds_for_step(pools, cfg.games, cfg.seed, step)
+        group = cfg.attacks_per_seed * cfg.answers_per_attack
+        seeds = seeds_for_step(pools, cfg.games, cfg.seed, step, group)
         mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         mine = [n for n in mine if cfg.play != "attacker" or seeds[n].revise]
 
@@ -632,21 +646,22 @@ def main(argv: list[str] | None = None) -> None:
         with gathered(attacker_model), gathered(defender_model):  # in self-play twice the same: harmless
             attacker = make_player(attacker_model, ATTACKER, chat, cfg, step, ranks)
             defender = make_player(defender_model, DEFENDER, chat, cfg, step, ranks)
-            games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge)
+            games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge,
+                         cfg.answers_per_attack)
         games = gather_list(games, ranks)
         played = time.time()
 
-        # 3. credit: payoffs, distance to the reference, returns, whitened per role over all ranks
+        # 3. credit: payoffs, distance to the reference, returns, advantages over the turns of all ranks
         experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks)
-        advantage, kl = credit(experiences, reference_logprob, cfg.kl)
+        advantage, credit_metrics = credit(experiences, reference_logprob, cfg.kl, CREDITS[cfg.credit])
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
         sums, order = [], np.arange(len(experiences))
         old = [e.turn.logprobs for e in experiences]  # not read by a single update
         if cfg.updates > 1:
             old = rescore(policy, experiences, cfg, ranks)
-            order = np.random.default_rng((cfg.seed, step)).permutation(len(experiences))
+            order = stream("shares", cfg.seed, step).permutation(len(experiences))
         for n, part in enumerate(np.array_split(order, cfg.updates), step * cfg.updates):
             optimizer.param_groups[0]["lr"] = step_size(cfg, n)
             batch = [[values[i] for i in part] for values in (experiences, old, advantage)]
@@ -657,13 +672,13 @@ def main(argv: list[str] | None = None) -> None:
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
         played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward], bool(cfg.attacks))
-        metrics = {"step": step + 1, **played_metrics, "kl": kl, "lr": optimizer.param_groups[0]["lr"],
-                   **update_metrics(sums, n_tokens, cfg.updates), "seconds": now - started,
+        metrics = {"step": step + 1, **played_metrics, **credit_metrics,
+                   "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates), "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
                    "train_tokens_per_s": n_tokens / (now - played)}
         warning = nothing_happened(games)
         log0(ranks, step_line(step + 1, cfg.steps, metrics, warning))
-        records = [game_record(game, step + 1) for game in games]
+        records = [checkpoint.game_record(game, step + 1) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
         if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
             shown = [game for game in games if game.attacker][:2] or games[:2]

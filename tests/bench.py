@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from kernels.logprob import log_policy, token_logprob
 from model import Transformer, score, unfuse
 from sample import Sample, sample, uniforms
-from selfplay import pack
+from data import pack
 from train import Ranks, micro_batches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,11 +20,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import toy
+from data import pack
 from judge import FORMATS, Exchange, JudgeModel, wildguard_template
 from launch import finished, start
 from model import new_model, score
 from sample import PLACEHOLDER, plain_ids
-from selfplay import ChatFormat, pack
+from selfplay import ChatFormat
 
 # Workers start with these files, or one of them would end with these alone.
 LONGEST = ["test_readme.py", "test_faults.py", "test_train.py"]

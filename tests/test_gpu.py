@@ -20,7 +20,7 @@ from conftest import DEVICE, byte_tokenizer, measured
 from kernels.logprob import token_logprob
 from model import new_model, save, score
 from sample import sample, uniforms
-from selfplay import pack
+from data import pack
 
 ROOT = Path(__file__).parent.parent
 TRIED = "SELF_REDTEAM_TRY_GPU_TESTS" in os.environ

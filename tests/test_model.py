@@ -30,7 +30,7 @@ import model as m
 from conftest import byte_tokenizer, measured
 from model import Cache, last_logits, load, new_model, run_config, save, score, unfuse
 from sample import sample, stop_ids, uniforms
-from selfplay import pack
+from data import pack
 
 SIZES = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, initializer_range=0.2)

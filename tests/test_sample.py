@@ -37,7 +37,7 @@ from sample import (
     template_prefix,
     uniforms,
 )
-from selfplay import pack
+from data import pack
 
 
 def chat_ids(tokenizer, instruction, text, opening=""):

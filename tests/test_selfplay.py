@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import selfplay
+from checkpoint import game_record
 from conftest import measured
+from data import pack
 from judge import Verdict
 from sample import Sample
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Reply, Seed, Turn,
-                      credit, experiences_of, game_metrics, game_record, is_legal, mean, nothing_happened,
-                      pack, parse_reply, payoffs, play, returns, seed_pools, seeds_for_step, show_game,
+                      credit, experiences_of, game_metrics, is_legal, mean, nothing_happened,
+                      parse_reply, payoffs, play, returns, seed_pools, seeds_for_step, show_game,
                       whiten, write_reply)
 
 

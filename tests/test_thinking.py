@@ -17,7 +17,8 @@ from conftest import CHATML, byte_tokenizer
 from judge import FORMATS, JudgeModel, keywords
 from model import new_model, save, score
 from sample import Sample, chat_template, open_tokenizer, visible
-from selfplay import ENGLISH, ChatFormat, pack, parse_reply, write_reply
+from data import pack
+from selfplay import ENGLISH, ChatFormat, parse_reply, write_reply
 
 ASSISTANT = "<|im_start|>assistant\n"
 TEMPLATES = {   # name: what it writes after the assistant's header

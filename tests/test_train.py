@@ -27,7 +27,8 @@ from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics,
                     weights)
 from model import Cache, load, new_model, save, score
 from sample import open_tokenizer, sample, uniforms
-from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn, pack
+from data import pack
+from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn
 from train import Config, Ranks, micro_batches, policy_loss, step_line, step_size
 
 ROOT = Path(__file__).parent.parent

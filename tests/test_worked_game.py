@@ -13,8 +13,9 @@ import torch
 
 import toy
 from conftest import measured
+from data import pack
 from judge import Exchange, Verdict
-from selfplay import (ATTACKER, DEFENDER, REWARDS, Experience, Game, Seed, Turn, credit, experiences_of, pack,
+from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, Experience, Game, Seed, Turn, credit, experiences_of,
                       parse_reply, payoffs, returns, signs, whiten)
 from train import policy_loss
 
