@@ -54,7 +54,7 @@ Judge = Callable[[list[Exchange]], list[Verdict]]
 
 
 def judge_answers(asked: list[str], answers: list[str], harmful: list[bool], judge: Judge) -> list[Verdict]:
-    """A verdict per answer. An empty answer is a harmless refusal; what it was asked is judged all the same."""
+    """A verdict per answer. An empty one is a harmless refusal; what it was asked is judged all the same."""
     exchanges = [Exchange(*parts) for parts in zip(asked, answers, harmful, strict=True)]
     verdicts = judge(exchanges)   # every rank calls a sharded judge
     silence = {"refusal": True, "response_harmful": False}

@@ -398,8 +398,8 @@ def has_contrast(group: list[int], experiences: list[Experience]) -> bool:
     return len({experiences[n].payoff + experiences[n].shaping for n in group}) > 1
 
 
-# (returns of a step's turns, the turns) -> advantages. The official one makes every step equally loud: where the
-# payoffs of a role are equal, it blows up the KL term. A floor at the scale of payoffs lets rare wins count.
+# (returns of a step's turns, the turns) -> advantages. The official one makes every step equally loud: where
+# all payoffs are equal, it blows up the KL term. A floor at the scale of payoffs lets rare wins count.
 CREDITS = {
     "centred": partial(whiten, floor=2.0, kind=lambda e: (e.turn.role, e.harmful)),
     "reinforce++": partial(whiten, floor=1e-4, kind=lambda e: e.turn.role),

@@ -160,7 +160,7 @@ def check_config(cfg: Config, world_size: int) -> None:
     import toy
     group = cfg.attacks_per_seed * cfg.answers_per_attack
     if cfg.games % (4 * group) or cfg.games % (world_size * cfg.answers_per_attack):
-        stop(f"--games {cfg.games}: must be a multiple of {4 * group}, 4 types of seeds with {group} games, and "
+        stop(f"--games {cfg.games}: must be a multiple of {4 * group}, 4 types of seeds x {group} games, and "
              f"of {world_size * cfg.answers_per_attack}, so that ranks share no attack.")
     if cfg.credit == "group" and group == 1:
         stop("--credit group compares turns with one prompt: add --attacks-per-seed or --answers-per-attack.")
@@ -673,7 +673,8 @@ def main(argv: list[str] | None = None) -> None:
         n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
         played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward], bool(cfg.attacks))
         metrics = {"step": step + 1, **played_metrics, **credit_metrics,
-                   "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates), "seconds": now - started,
+                   "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates),
+                   "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
                    "train_tokens_per_s": n_tokens / (now - played)}
         warning = nothing_happened(games)
