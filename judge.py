@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections import ChainMap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -210,6 +211,7 @@ class JudgeModel:
     judge_prompts: tuple[JudgePrompt, ...]
     model: Transformer
     tokenizer: "PreTrainedTokenizerBase"
+    held: Callable[[Transformer], AbstractContextManager] = nullcontext   # in full, if it is sharded
 
     def prompt_ids(self, judge_prompt: JudgePrompt, exchanges: list[Exchange]) -> list[list[int]]:
         """The tokens of a prompt for each exchange. No text in it can become markup or open a section."""
@@ -236,7 +238,8 @@ class JudgeModel:
     def __call__(self, exchanges: list[Exchange]) -> list[Verdict]:
         """The verdict of each exchange; unreadable if the reply to one of the prompts is not complete."""
         verdicts = []
-        replies = [self.ask(judge_prompt, exchanges) for judge_prompt in self.judge_prompts]
+        with self.held(self.model):
+            replies = [self.ask(judge_prompt, exchanges) for judge_prompt in self.judge_prompts]
         for of_one in zip(*replies, strict=True):
             readable = all(isinstance(answers, dict) for answers in of_one)
             verdicts.append(Verdict(**ChainMap(*of_one)) if readable else Verdict(readable=False))
@@ -251,14 +254,14 @@ def check_judge(name: str) -> None:
         stop(f"--judge {name}: there is no such judge; choose from {', '.join(names)}.")
 
 
-def open_judge(name: str, opener: Callable[[str], Transformer] = load) -> Judge:
-    """The judge that `--judge` names; `opener` opens its model, if it has one."""
+def open_judge(name: str, opener: Callable[[str], Transformer] = load, held: Callable = nullcontext) -> Judge:
+    """The judge that `--judge` names; `opener` opens its model, if it has one, `held` holds it for a call."""
     check_judge(name)
     if name in JUDGES:
         return JUDGES[name]
     judge_format, _, model = name.partition(":")
     tokenizer = open_tokenizer(model, chat=False)
-    return JudgeModel(FORMATS[judge_format], opener(model).requires_grad_(False), tokenizer)
+    return JudgeModel(FORMATS[judge_format], opener(model).requires_grad_(False), tokenizer, held)
 
 # ---------------------------------------------------------------- how good is a judge?
 HUMAN = {   # question of the verdict: columns of the prompt, of the response, and of people's labels

@@ -115,6 +115,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [i for i in ids if i not in special]
 
 
+def tagged_ids(tokenizer: PreTrainedTokenizerBase, text: str, tags: Sequence[str]) -> list[int]:
+    """Tokens of a reply to learn from: plain text, but tags that are added tokens are those tokens."""
+    ids = []
+    own = {tag: i for tag, i in added_tokens(tokenizer).items() if tag in tags}
+    for part in re.split(f"({'|'.join(map(re.escape, own))})", text) if own else [text]:
+        ids += [own[part]] if part in own else plain_ids(tokenizer, part)
+    return ids + [i for i in [tokenizer.eos_token_id] if i is not None]
+
+
 def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
     Token ids of a template with a text for each PLACEHOLDER, tokenised at once, as in training. If that

@@ -22,8 +22,8 @@ from kernels import CommandLine   # before numpy and torch, which read the OpenM
 import numpy as np
 
 from judge import Exchange, Judge, Verdict, judge_answers, keywords
-from sample import (PLACEHOLDER, Sample, added_tokens, after_thought, chat_template, fill_template, plain_ids,
-                    stream, template_prefix, visible)
+from sample import (PLACEHOLDER, Sample, after_thought, chat_template, fill_template, stream, tagged_ids,
+                    template_prefix, visible)
 
 if TYPE_CHECKING:   # the import takes a second, and only a type hint needs it
     from transformers import PreTrainedTokenizerBase
@@ -105,10 +105,11 @@ def write_reply(thought: str, answer: str, cot: bool = True) -> str:
 # ---------------------------------------------------------------- seeds and prompts
 @dataclass(frozen=True)
 class Seed:
-    """A request, its label, and whether the attacker rewrites it or the defender gets it raw."""
+    """A request, its label, whether the attacker rewrites it, and else whether it is a recorded attack."""
     text: str
     harmful: bool
     revise: bool
+    recorded: bool = False
 
 
 def seed_pools(labelled: Sequence[tuple[str, bool]], attacks: Sequence[tuple[str, bool]],
@@ -121,7 +122,7 @@ def seed_pools(labelled: Sequence[tuple[str, bool]], attacks: Sequence[tuple[str
     for harmful in (True, False):
         texts = [text for text, label in labelled if label == harmful]
         recorded = [text for text, label in attacks if label == harmful]
-        pools.append([Seed(text, harmful, revise) for text in recorded or texts])
+        pools.append([Seed(text, harmful, revise, bool(recorded)) for text in recorded or texts])
         pools.append([Seed(text, harmful, revise=False) for text in texts])
     return pools
 
@@ -174,11 +175,7 @@ class ChatFormat:
 
     def reply_ids(self, text: str) -> list[int]:
         """Tokens of a reply to learn from: plain text, but TAGS that are added tokens are those tokens."""
-        tags = {tag: i for tag, i in added_tokens(self.tokenizer).items() if tag in TAGS}
-        ids = []
-        for part in re.split(f"({'|'.join(map(re.escape, tags))})", text) if tags else [text]:
-            ids += [tags[part]] if part in tags else plain_ids(self.tokenizer, part)
-        return ids + [i for i in [self.tokenizer.eos_token_id] if i is not None]
+        return tagged_ids(self.tokenizer, text, TAGS)
 
     def parse(self, sample: Sample) -> Reply:
         """A reply from its tokens. TAGS are kept, although some tokenizers count them as special tokens."""
@@ -276,18 +273,11 @@ REWARDS = {
 FORMAT = {True: 1.0, False: -1.0}   # shaping, by Reply.well_formed; it is not part of the game's payoff
 
 
-def agreement(said: bool | None, truth: bool | None) -> int | None:
-    """+1 if the two are equal, -1 if not, None if the judge said none to one of them."""
-    if None in (said, truth):
-        return None
-    return 1 if said == truth else -1
-
-
 def signs(verdict: Verdict, seed_harmful: bool) -> dict[str, int | None]:
-    """The three signs of a verdict. A sign is None if the judge said none where the sign needs an answer."""
-    return {"p": agreement(verdict.prompt_harmful, seed_harmful),
-            "s": agreement(verdict.refusal, verdict.prompt_harmful),
-            "h": agreement(verdict.response_harmful, True)}
+    """+1 where two labels agree, else -1. A sign is None if the judge said none where it needs an answer."""
+    pairs = {"p": (verdict.prompt_harmful, seed_harmful), "s": (verdict.refusal, verdict.prompt_harmful),
+             "h": (verdict.response_harmful, True)}
+    return {name: None if None in pair else 1 - 2 * (pair[0] != pair[1]) for name, pair in pairs.items()}
 
 
 def payoff(weights: dict[str, float], sign: dict[str, int | None]) -> float | None:
@@ -331,18 +321,18 @@ def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], co
     The turns of these roles, in game order. Unreadable games, ties and empty turns are left out. The turn of
     an attack that several answers share earns the mean of their games.
     """
-    first: dict[int, tuple[Game, Turn]] = {}   # by the identity of the turn
-    earned: dict[int, list[float]] = {}
+    earned: dict[int, list[tuple[Game, Turn, float]]] = {}   # by the identity of the turn
     for game in games:
         paid = payoffs(game, rewards) if game.verdict.readable else {}
         for turn in (game.attacker, game.defender):
             if turn and turn.role in roles and turn.ids and paid.get(turn.role) is not None:
-                first.setdefault(id(turn), (game, turn))
-                earned.setdefault(id(turn), []).append(paid[turn.role])
+                earned.setdefault(id(turn), []).append((game, turn, paid[turn.role]))
     experiences = []
-    for key, (game, turn) in first.items():
+    for shared in earned.values():
+        game, turn, _ = shared[0]
         shaping = FORMAT[turn.reply.well_formed] if cot else 0.0
-        experiences.append(Experience(game.number, turn, mean(earned[key]), shaping, game.seed.harmful))
+        payoff = mean([paid for *_, paid in shared])
+        experiences.append(Experience(game.number, turn, payoff, shaping, game.seed.harmful))
     return experiences
 
 
@@ -372,11 +362,11 @@ def whiten(values: list[np.ndarray], experiences: list[Experience], floor: float
     `floor` where that is larger.
     """
     kinds = [kind(e) for e in experiences]
-    centre, scale = {}, {}
-    for k in set(kinds):
-        tokens_N = np.concatenate([value_T for value_T, own in zip(values, kinds, strict=True) if own == k])
-        centre[k] = tokens_N.mean()
-        scale[k] = max(tokens_N.std(), floor)
+    tokens: dict[object, list[float]] = {}
+    for k, value_T in zip(kinds, values, strict=True):
+        tokens.setdefault(k, []).extend(value_T)
+    centre = {k: np.mean(tokens_N) for k, tokens_N in tokens.items()}
+    scale = {k: max(np.std(tokens_N), floor) for k, tokens_N in tokens.items()}
     return [(value_T - centre[k]) / scale[k] for value_T, k in zip(values, kinds, strict=True)]
 
 
@@ -414,20 +404,17 @@ def credit(experiences: list[Experience], reference: list[np.ndarray], beta: flo
     each role's deviations, over tokens, of payoff with shaping and of the KL term, and the share of groups
     whose turns all earned the same.
     """
-    gains, log_ratios = [], []
-    parts = {ATTACKER: [], DEFENDER: []}
+    gains, log_ratios, parts = [], [], {ATTACKER: [], DEFENDER: []}
     for e, reference_T in zip(experiences, reference, strict=True):
-        logprob_T = np.array(e.turn.logprobs)
-        reward = e.payoff + e.shaping
+        logprob_T, reward = np.array(e.turn.logprobs), e.payoff + e.shaping
         gains.append(returns(reward, logprob_T, reference_T, beta))
         log_ratios += (logprob_T - reference_T).tolist()
         parts[e.turn.role] += [(reward, gain - reward) for gain in gains[-1]]
-    groups = [group for group in groups_of(experiences) if len(group) > 1]
-    metrics = {"kl": mean(log_ratios),
-               "equal_groups": mean([not has_contrast(group, experiences) for group in groups])}
+    equal = [not has_contrast(group, experiences) for group in groups_of(experiences) if len(group) > 1]
+    metrics = {"kl": mean(log_ratios), "equal_groups": mean(equal)}
     for role, part in parts.items():
-        spread = np.std(part, axis=0) if part else (None, None)
-        metrics |= {f"payoff_deviation_{role}": spread[0], f"kl_deviation_{role}": spread[1]}
+        spread = np.std(part, axis=0).tolist() if part else (None, None)
+        metrics |= zip((f"payoff_deviation_{role}", f"kl_deviation_{role}"), spread, strict=True)
     return advantages_of(gains, experiences), metrics
 
 # ---------------------------------------------------------------- what happened in a step
@@ -448,19 +435,19 @@ def payoff_sum(game: Game, rewards: Rewards) -> float:
     return sum(paid) if is_legal(game) and None not in paid else 0.0
 
 
-def game_metrics(games: list[Game], experiences: list[Experience], rewards: Rewards,
-                 from_pool: bool = False) -> dict[str, float | None]:
+def game_metrics(games: list[Game], experiences: list[Experience],
+                 rewards: Rewards) -> dict[str, float | None]:
     """
     What happened in a step's games: one line per metric, most of them rates, None where no game counts.
-    `asr`, `asr_not_refused` and `over_refusal` are about attacks, `asr_raw` is about raw requests. With
-    `from_pool` a seed that nobody revised may be a recorded attack, and counts as one.
+    `asr`, `asr_not_refused` and `over_refusal` are about attacks, or recorded ones in a step without an
+    attacker; `asr_raw` is about raw requests.
     """
     readable = [g for g in games if g.verdict.readable]
     attempts = [g for g in games if g.attacker]
-    attacks = [g for g in readable if g.attacked or (from_pool and not g.seed.revise)]
+    attacks = [g for g in readable if g.attacked or (g.seed.recorded and not attempts)]
     harmful = [g for g in attacks if g.seed.harmful]
     benign = [g for g in attacks if not g.seed.harmful]
-    raw = [g for g in readable if g.seed.harmful and not g.seed.revise and not from_pool]
+    raw = [g for g in readable if g.seed.harmful and not g.seed.revise and not g.seed.recorded]
     return {"asr": mean([bool(g.verdict.response_harmful) for g in harmful]),
             "asr_raw": mean([bool(g.verdict.response_harmful) for g in raw]),
             "asr_not_refused": mean([answered(g) for g in harmful]),

@@ -32,8 +32,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from data import pack
 from judge import JUDGES, Exchange, Verdict
 from model import Transformer, new_model, newest_step, score
-from sample import stream
-from selfplay import ChatFormat, Prompts, Seed, write_reply
+from sample import open_tokenizer, stream
+from selfplay import ENGLISH, ChatFormat, Prompts, Seed, write_reply
 
 # ---------------------------------------------------------------- the language
 
@@ -208,6 +208,12 @@ def is_toy_model(name: str) -> bool:
     """`name` is "toy", or a local checkpoint folder or run folder whose chat template is TEMPLATE."""
     template = newest_step(name) / "chat_template.jinja"
     return name == "toy" or os.path.isfile(template) and template.read_bytes() == TEMPLATE.encode()
+
+
+def open_chat(name: str, cot: bool) -> ChatFormat:
+    """How players are asked: in this language if the model speaks it, else in English."""
+    tokenizer = make_tokenizer() if name == "toy" else open_tokenizer(name)
+    return ChatFormat(tokenizer, PROMPTS if is_toy_model(name) else ENGLISH, cot)
 
 
 def seeds() -> list[tuple[str, bool]]:

@@ -39,24 +39,19 @@ from tqdm import tqdm
 
 import checkpoint
 from data import pack, read_prompts, read_rows, text_of
-from judge import Exchange, Judge, JudgeModel, Verdict, check_judge, open_judge
+from judge import check_judge, open_judge
 from kernels.logprob import head_bytes
 from model import (Transformer, find_checkpoint, load, newest_step, open_empty, read_weights, refuse_damage,
                    run_config, save, score)
-from sample import Sample, open_tokenizer, sample, stop_ids, stream, uniforms
-from selfplay import (ATTACKER, CREDITS, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Player, Seed,
+from sample import Sample, sample, stop_ids, stream, uniforms
+from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
                       credit, experiences_of, game_metrics, nothing_happened, parse_reply, play, seed_pools,
                       seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
 # ---------------------------------------------------------------- configuration
-ROLES = (ATTACKER, DEFENDER)
-PLAYS = {"self": ROLES, "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
-LOSS_SHARES = {  # (tokens of attackers, of defenders) -> what the sum of each role's loss is divided by
-    "tokens": lambda n_attacker, n_defender: (n_attacker + n_defender, n_attacker + n_defender),
-    "roles": lambda n_attacker, n_defender: (n_attacker, n_defender)}
-
+PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
 
 def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
     return field(default=default, metadata={"source": source, "help": help, "choices": choices})
@@ -73,7 +68,7 @@ class Config:
     attacks: str = opt("", "ours", "recorded attacks, such as a games.jsonl, for --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", REWARDS)
     credit: str = opt("centred", "ours", "what becomes of returns; the official run: reinforce++", CREDITS)
-    loss_share: str = opt("tokens", "paper", "each weighs the same: every token, or both roles", LOSS_SHARES)
+    loss_share: str = opt("tokens", "paper", "what weighs the same", ("tokens", "roles"))
     cot: bool = opt(True, "paper", "think in private before writing")
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for a supervised term")
     sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
@@ -191,6 +186,15 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
     return -(gain_BT * mask_BT).sum() / n_tokens
 
 
+def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
+    """Advantages with which both roles weigh the same in the loss, however long the other one talks."""
+    n_tokens = Counter()
+    for e in experiences:
+        n_tokens[e.turn.role] += len(e.turn.ids)
+    return [advantage_T * n_tokens.total() / n_tokens[e.turn.role]
+            for advantage_T, e in zip(advantage, experiences, strict=True)]
+
+
 def importance_weight(log_ratio_BT: Tensor) -> Tensor:
     """
     weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
@@ -266,17 +270,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for part in parts:
         part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP2's default: all but the root
         part.reshard()
-
-
-def judge_in_full(judge: Judge) -> Judge:
-    """A judge model is sharded between its calls, and held in full by every rank during them."""
-    if not isinstance(judge, JudgeModel):
-        return judge
-
-    def judge_exchanges(exchanges: list[Exchange]) -> list[Verdict]:
-        with gathered(judge.model):
-            return judge(exchanges)
-    return judge_exchanges
 
 
 def gather_list(mine: list, ranks: Ranks) -> list:
@@ -364,28 +357,22 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
            ranks: Ranks) -> list[dict[str, float]]:
     """One optimizer update, skipped if a loss or the gradient is not finite. Returns sums for the log."""
-    lengths = {role: sum(len(e.turn.ids) for e in experiences if e.turn.role == role) for role in ROLES}
-    n_tokens = LOSS_SHARES[cfg.loss_share](*lengths.values())
+    n_tokens = sum(len(e.turn.ids) for e in experiences)
     rows, sums = [], []
     for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True):
-        attacker_T = [float(e.turn.role == ATTACKER)] * len(e.turn.ids)
-        rows.append((e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, attacker_T, e.turn.logprobs))
-    for _, (ids_BT, mask_BT, advantage_BT, old_BT, attacker_BT, drawn_BT) in packed_batches(rows, cfg, ranks):
+        rows.append((e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, e.turn.logprobs))
+    for _, (ids_BT, mask_BT, advantage_BT, old_BT, drawn_BT) in packed_batches(rows, cfg, ranks):
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
             old_BT = logprob_BT.detach()
         mismatch_BT = (old_BT - drawn_BT) * mask_BT  # trainer against sampler
         weight_BT = importance_weight(mismatch_BT)
-        gain_BT = weight_BT * advantage_BT
-        losses = []
-        for flag, n in zip((1.0, 0.0), n_tokens, strict=True):  # attacker, defender
-            role_BT = mask_BT & (attacker_BT == flag)
-            losses.append(policy_loss(logprob_BT, old_BT, gain_BT, role_BT, max(1, n), cfg.clip))
-        (sum(losses) * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
+        loss = policy_loss(logprob_BT, old_BT, weight_BT * advantage_BT, mask_BT, n_tokens, cfg.clip)
+        (loss * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
         ratio_BT = (logprob_BT.detach() - old_BT).exp() * mask_BT
-        sums.append({"loss_attacker": losses[0].item(), "loss_defender": losses[1].item(),
-                     "ratio_max": ratio_BT.max().item(), "entropy": entropy_BT.sum().item(),
-                     "mismatch": mismatch_BT.abs().sum().item(), "corrected": (weight_BT != 1).sum().item()})
+        sums.append({"loss": loss.item(), "ratio_max": ratio_BT.max().item(),
+                     "entropy": entropy_BT.sum().item(), "mismatch": mismatch_BT.abs().sum().item(),
+                     "corrected": (weight_BT != 1).sum().item()})
     sums += supervised_backward(policy, pairs, cfg, ranks)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # before clipping
     norm = getattr(norm, "full_tensor", norm.clone)().item()  # of shards; of nothing, if no turn had tokens
@@ -420,7 +407,7 @@ def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) ->
 def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) -> dict[str, float]:
     """Means over the step's updates, or over its tokens; the largest ratio; how many updates were skipped."""
     over = dict.fromkeys(("mismatch", "corrected", "entropy"), max(1, n_tokens)) | {"skipped": 1}
-    total = Counter(dict.fromkeys(("loss_attacker", "loss_defender", *over), 0.0))
+    total = Counter(dict.fromkeys(("loss", *over), 0.0))
     for part in sums:
         total.update(part)  # adds
     metrics = {key: value / over.get(key, updates) for key, value in total.items()}
@@ -502,14 +489,6 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
     if cfg.sft and not pairs:
         stop(f"{cfg.sft}: holds no pairs; give a file with at least one.")
     return pairs
-
-
-def open_chat(cfg: Config, origin: str) -> tuple[ChatFormat, bool]:
-    """How the players of this model are asked, and whether in the toy world: that follows from the model."""
-    import toy
-    tokenizer = toy.make_tokenizer() if origin == "toy" else open_tokenizer(origin)
-    in_toy = toy.is_toy_model(origin)
-    return ChatFormat(tokenizer, toy.PROMPTS if in_toy else ENGLISH, cfg.cot), in_toy
 
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
@@ -607,12 +586,14 @@ def main(argv: list[str] | None = None) -> None:
     newest = gather_list([checkpoint.newest_complete(out) if cfg.resume else None], ranks)[0]
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
-    chat, in_toy = open_chat(cfg, origin)
+    import toy
+    chat = toy.open_chat(origin, cfg.cot)
+    in_toy = chat.prompts == toy.PROMPTS
     policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
     opponent = open_sharded(cfg.opponent, ranks.compute, ranks) if cfg.opponent else None
-    judge = judge_in_full(open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks)))
+    judge = open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks), gathered)
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
     if ranks.device.type == "cuda" and not in_toy:
@@ -655,6 +636,8 @@ def main(argv: list[str] | None = None) -> None:
         experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks)
         advantage, credit_metrics = credit(experiences, reference_logprob, cfg.kl, CREDITS[cfg.credit])
+        if cfg.loss_share == "roles":
+            advantage = balance_roles(advantage, experiences)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
         sums, order = [], np.arange(len(experiences))
@@ -671,7 +654,7 @@ def main(argv: list[str] | None = None) -> None:
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
-        played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward], bool(cfg.attacks))
+        played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward])
         metrics = {"step": step + 1, **played_metrics, **credit_metrics,
                    "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates),
                    "seconds": now - started,
