@@ -37,9 +37,7 @@ from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Pr
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
-
 # ---------------------------------------------------------------- statistics
-
 def wilson(hits: int, n: int) -> tuple[float, float]:
     """
     The 95 % interval of a rate (Wilson, JASA 1927).
@@ -57,18 +55,15 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     # p lies inside its interval: min and max undo rounding errors at 0 and 1.
     return max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale))
 
-
 def present(values: Sequence[float]) -> list[float]:
     """The values without NaN, which marks one that is missing."""
     return [value for value in values if not math.isnan(value)]
-
 
 def rate(hits: Sequence[float]) -> dict:
     """A rate with its interval and its count. The rate of nothing is None, not 0."""
     hits = present(hits)
     low, high = wilson(sum(hits), len(hits))
     return {"value": sum(hits) / len(hits) if hits else None, "low": low, "high": high, "n": len(hits)}
-
 
 def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
     """
@@ -86,24 +81,20 @@ def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
         low, high = value - wilson(0, n)[1], value + wilson(0, n)[1]
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
-
 def average(values: Sequence[float]) -> dict:
     """The mean with its interval."""
     value_N = np.array(present(values))
     return bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
 
-
 def difference(values: Sequence[float], others: Sequence[float]) -> dict:
     """The mean of values - others, pair by pair; a pair with a missing value is left out."""
     return average(np.subtract(values, others))
-
 
 def interval(result: dict) -> str:
     """A rate or a mean as text."""
     if result["value"] is None:
         return "-"
     return f"{result['value']:.3f} [{result['low']:.3f}, {result['high']:.3f}]"
-
 
 def markdown(title: str, columns: dict, rows: dict, cell: Callable = interval) -> str:
     """A Markdown table: rows by key and title, with their n; columns by title; and how to write a cell."""
@@ -114,9 +105,7 @@ def markdown(title: str, columns: dict, rows: dict, cell: Callable = interval) -
         lines.append([text, " to ".join(map(str, counts[::len(counts) - 1 or 1])), *map(cell, results)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
-
 # ---------------------------------------------------------------- models
-
 @dataclass(frozen=True)
 class EvalModel:
     """A model, on DEVICE, with the chat format that it was trained in."""
@@ -131,7 +120,6 @@ class EvalModel:
         stops = stop_ids(self.model, self.chat.tokenizer)
         return sample(self.model, prompts, uniform_NT, stops, temperature, self.chat.prefixes(), self.name)
 
-
 def need_config(name: str) -> dict:
     """The configuration of a model's run, or a sentence that asks for a run."""
     config = run_config(name)
@@ -139,17 +127,14 @@ def need_config(name: str) -> dict:
         stop(f"{name}: {'not of a run' if os.path.exists(name) else 'no such file or folder'}; give a run.")
     return config
 
-
 def short(name: str) -> str:
     """A model's run, and its step if a checkpoint is named."""
     run, last = Path(name).absolute().parts[-2:]
     return f"{run}/{last}" if last.startswith("step_") else last
 
-
 def start_of(name: str) -> str:
     """The checkpoint that the model's run began with."""
     return str(find_checkpoint(name).parent / "step_000000")
-
 
 @lru_cache
 def weights_hash(name: str) -> str:
@@ -159,7 +144,6 @@ def weights_hash(name: str) -> str:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
-
 def open_eval_model(name: str) -> EvalModel:
     """Load a model with its run's prompts. One from elsewhere thinks only if it speaks the toy language."""
     in_toy = toy.is_toy_model(name)
@@ -167,15 +151,12 @@ def open_eval_model(name: str) -> EvalModel:
     chat = ChatFormat(open_tokenizer(name), Prompts(**config["prompts"]), config["cot"])
     return EvalModel(name, load(name, DTYPE).to(DEVICE), chat)
 
-
 @lru_cache
 def open_judge_on_device(name: str) -> Judge:
     """The judge that `--judge` names; a judge model is put where the players are."""
     return open_judge(name, lambda model: load(model, DTYPE).to(DEVICE))
 
-
 # ---------------------------------------------------------------- games between two models
-
 @dataclass(frozen=True)
 class Matchup:
     """What two players meet on. The attacker rewrites all seeds; `reward` is a row of REWARDS."""
@@ -185,12 +166,10 @@ class Matchup:
     reward: str
     max_new_tokens: int
 
-
 def alternate(rows: list[tuple], n: int) -> list[Seed]:
     """n seeds for the attacker, harmful and benign in turn, repeated where there are too few of a kind."""
     pools = [pool for pool in seed_pools(rows, [], revise=True)[::2] if pool]   # [::2]: not the raw ones
     return seeds_for_step(pools, n, seed=0, step=0)
-
 
 def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
     """
@@ -207,13 +186,11 @@ def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
     return [Matchup(title, alternate(rows, n), judge, config["reward"], config["max_new_tokens"])
             for title, rows in requests.items()]
 
-
 def attacks_of(attacker: EvalModel, matchup: Matchup, seed: int = 0) -> list[Reply]:
     """A rewrite of every seed."""
     prompts = [attacker.chat.attacker_prompt(s) for s in matchup.seeds]
     samples = attacker.ask(prompts, range(len(prompts)), 0, matchup.max_new_tokens, seed=seed)
     return [attacker.chat.parse(s) for s in samples]
-
 
 def games_of(defender: EvalModel, matchup: Matchup, attacks: list[Reply], seed: int = 0) -> list[Game]:
     """The defender against these attacks, one or more per seed. After a forfeit it is asked the seed."""
@@ -225,12 +202,10 @@ def games_of(defender: EvalModel, matchup: Matchup, attacks: list[Reply], seed: 
     return [replace(game, seed=seeds[n], attacker=Turn(ATTACKER, [], [], [], attacks[n]))
             for n, game in enumerate(games)]
 
-
 def earned(games: list[Game], reward: str, side: str) -> np.ndarray:
     """What a side earned in each game, forfeits included, [N]; NaN for a tie or an unreadable verdict."""
     paid = [payoffs(g, REWARDS[reward])[side] if g.verdict.readable else None for g in games]
     return np.array(paid, dtype=float)   # None -> NaN
-
 
 def outcome(games: list[Game], reward: str) -> dict:
     """What the attacker earned, and rates. Games with an unreadable verdict are left out."""
@@ -241,9 +216,7 @@ def outcome(games: list[Game], reward: str) -> dict:
             "benign_answered": rate([not refusal for refusal in benign if refusal is not None]),
             "forfeit": rate([not is_legal(g) for g in readable])}
 
-
 # ---------------------------------------------------------------- cross-play
-
 def cross(players: dict, matchup: Matchup) -> dict:
     """
     The outcome of every defender against every attacker: cells[defender][attacker]. Attackers write once, and
@@ -260,14 +233,12 @@ def cross(players: dict, matchup: Matchup) -> dict:
                            for i, attacker in enumerate(players)}
     return cells
 
-
 def matrix(cells: dict, key: str) -> np.ndarray:
     """One value of every cell, [attackers, defenders]."""
     columns = []
     for column in cells.values():
         columns.append([cell[key]["value"] for cell in column.values()])
     return np.array(columns, dtype=float).T
-
 
 def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
     """
@@ -295,7 +266,6 @@ def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
     return {ATTACKER: mixture_A.tolist(), DEFENDER: mixture_D.tolist(), "value": float(mixture_A @ gain_A),
             "gap": float(gain_A.max() - loss_D.min())}
 
-
 def crossplay(args: Namespace) -> dict:
     """Play all models against each other, scored by the first run's payoff table. Prints and returns all."""
     matchup = matchups(args.models[0], args.n, args.prompts)[0]
@@ -314,9 +284,7 @@ def crossplay(args: Namespace) -> dict:
         print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
     return {"seeds": matchup.name, "cells": cells, "equilibrium": game}
 
-
 # ---------------------------------------------------------------- best responses
-
 def side_of(response: str, model: str) -> str:
     """The side of a response: a run of train.py whose frozen opponent had the model's weights."""
     config = need_config(response)
@@ -326,12 +294,10 @@ def side_of(response: str, model: str) -> str:
              f"not against {model}; give runs of --play attacker or defender with --opponent {model}.")
     return side
 
-
 def fixed_attacks(seeds: list[Seed], tactics: dict) -> list[Reply]:
     """Attacks that always use the same tactics, one set on harmful and one on benign requests."""
     texts = [toy.disguise(toy.request(seed.text), tactics[seed.harmful]) for seed in seeds]
     return [Reply(text, "", text, True) for text in texts]
-
 
 def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
     """The sets of tactics that earn most on harmful and on benign requests: all 64 are tried on 96 seeds."""
@@ -342,7 +308,6 @@ def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
     paid_SN = earned(games_of(defender, few, attacks), few.reward, ATTACKER).reshape(len(toy.SETS), -1)
     harmful_N = np.array([seed.harmful for seed in few.seeds])
     return {kind: toy.SETS[np.nanmean(paid_SN[:, harmful_N == kind], 1).argmax()] for kind in (True, False)}
-
 
 def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> list[dict]:
     """
@@ -368,11 +333,9 @@ def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> l
         entries.append(entry | outcome(games, matchup.reward) | {"gain": gain})
     return entries
 
-
 EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (down)",
            "own_payoff": "the attacker earns, itself", "payoff": "- with the response",
            "gain": "gain of the response: eps is at least that"}
-
 
 def exploit(args: Namespace) -> dict:
     """Play the first model against its responses and the best fixed tactics: a column each."""

@@ -32,7 +32,6 @@ def sync_to_disk(path: Path) -> None:
     os.fsync(descriptor)
     os.close(descriptor)
 
-
 def replace_text(path: Path, text: str) -> None:
     """Write a text file. After a crash it holds the old text or the new one, never a part."""
     new = path.with_name(path.name + ".new")
@@ -53,14 +52,12 @@ def commit(tmp_dir: Path, final_dir: Path) -> None:
     tmp_dir.rename(final_dir)
     replace_text(final_dir.parent / "latest", final_dir.name)
 
-
 def link_or_copy(file: Path, new: Path) -> None:
     """Give a file a second name, or copy it to another disk."""
     try:
         os.link(os.path.realpath(file), new)  # the hub's cache holds symbolic links
     except OSError:
         shutil.copy(file, new)
-
 
 def link_model(model: Path, folder: Path) -> None:
     """A new folder with the files of a model. Its weights get a second name, all else is copied."""
@@ -70,7 +67,6 @@ def link_model(model: Path, folder: Path) -> None:
             copy = link_or_copy if file.suffix == ".safetensors" else shutil.copy
             copy(file, folder / file.name)
 
-
 def is_complete(folder: Path) -> bool:
     """Whether each file of the manifest is there in its full size. A changed byte is not noticed."""
     try:
@@ -79,22 +75,18 @@ def is_complete(folder: Path) -> bool:
     except (OSError, ValueError, AttributeError):   # no manifest, a torn one, or a file is missing
         return False
 
-
 def step_number(folder: Path) -> int:
     """The number of optimiser steps before this checkpoint: 20 for step_000020."""
     return int(folder.name.removeprefix("step_"))
-
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoint folders of a run, damaged ones included, oldest first."""
     folders = [folder for folder in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", folder.name)]
     return sorted(folders, key=step_number)
 
-
 def newest_complete(out: Path) -> Path | None:
     """The checkpoint to resume from, or None."""
     return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
-
 
 def check_folder(out: Path, resume: bool) -> None:
     """Refuse a folder in which a run cannot start, or not resume."""
@@ -108,7 +100,6 @@ def check_folder(out: Path, resume: bool) -> None:
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         stop(f"--out {out}: {parent} cannot be written; choose another folder.")
-
 
 def prune(out: Path, keep: int, step: int) -> None:
     """Delete all checkpoints up to `step` but the first, the reference model, and the `keep` newest."""
@@ -130,7 +121,6 @@ def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             tensors[f"{key}.{name}"] = tensor
     return tensors
 
-
 def transfer(call: Callable, policy: nn.Module, optimizer: torch.optim.Optimizer, **storage: object) -> str:
     """Run dcp.save or dcp.load on the optimizer's state. Returns one line on why it failed, or ""."""
     from torch.distributed.checkpoint import CheckpointException
@@ -141,13 +131,11 @@ def transfer(call: Callable, policy: nn.Module, optimizer: torch.optim.Optimizer
         return " ".join(str(exception).split())
     return ""
 
-
 def save_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Each process writes its part of the state to folder/optimizer."""
     import torch.distributed.checkpoint as dcp  # slow to import
     writer = dcp.HuggingFaceStorageWriter(str(folder / "optimizer"), save_distributed=True)
     return transfer(dcp.save, policy, optimizer, storage_writer=writer)
-
 
 def load_optimizer(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Read the state in place, whatever number of processes wrote it."""
@@ -162,7 +150,6 @@ def append_rows(file: Path, rows: list[dict]) -> None:
         opened.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     sync_to_disk(file)
 
-
 def game_record(game: Game, step: int) -> dict:
     """One game as a line of games.jsonl. The columns attack and harmful make it a pool for --attacks."""
     return {"step": step, "game": game.number, "seed": game.seed.text, "harmful": game.seed.harmful,
@@ -172,13 +159,11 @@ def game_record(game: Game, step: int) -> dict:
             "attacker_reply": game.attacker.reply.text if game.attacker else None,
             "defender_reply": game.defender.reply.text}
 
-
 def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
     """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""
     line = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
     append_rows(out / "metrics.jsonl", [line])
     append_rows(out / "games.jsonl", games)
-
 
 def step_of(line: str) -> float:
     """The step that a line of a log belongs to; infinity for a line that a crash cut short."""
@@ -186,7 +171,6 @@ def step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
 
 def rewind_logs(out: Path, step: int) -> None:
     """Put the run folder back to how it was right after this step's checkpoint: later steps run again."""
@@ -205,7 +189,6 @@ def on_stop_signals(action: Callable | signal.Handlers) -> None:
     """Set what SIGTERM and SIGINT do."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, action)
-
 
 def catch_signals() -> list[str]:
     """A list that the first signal puts its name into: the loop then finishes its step, saves and exits 0."""

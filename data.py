@@ -35,7 +35,6 @@ LABELS = {   # column: whole values that mean harmful, and such that mean benign
              "homonyms figurative_language safe_targets safe_contexts definitions real_group_nons_discr "
              "nons_group_real_discr historical_events privacy_public privacy_fictional")}
 
-
 class Benchmark(NamedTuple):
     """A published file: the columns that it is known by, those of its prompts and those of its labels."""
     name: str
@@ -44,7 +43,6 @@ class Benchmark(NamedTuple):
     labels: str = "harmful label data_type prompt_harm_label"   # the first that is not empty is the label
     default: bool | None = None     # the label where no column gives one
     may_lack: bool = False          # rows without an attack or a label are no mistake, and are left out
-
 
 ATTACKS = ("attack", "adversarial", "test_case")   # who wants the requests behind attacks leaves these out
 BENCHMARKS = (   # the first that fits a file; the last fits all
@@ -73,7 +71,6 @@ def read_text(path: str) -> str:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         stop(f"{path}: cannot be read ({error}); give a JSONL, JSON, CSV or TSV file in UTF-8.")
 
-
 def csv_rows(path: str, separator: str) -> Iterator[tuple[str, dict | None]]:
     """(where, row) of each row of CSV that is not empty; None stands for one that is not whole."""
     csv.field_size_limit(2**31 - 1)   # Python's own limit is 131,072 characters
@@ -89,14 +86,12 @@ def csv_rows(path: str, separator: str) -> Iterator[tuple[str, dict | None]]:
     except csv.Error:   # such as a quote that nobody closes
         yield f"{path}, line {line}", None
 
-
 def parse_json(text: str) -> object:
     """The value that a text spells; None if it spells none, and for an object with two values of one name."""
     try:
         return json.loads(text, object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else None)
     except (ValueError, RecursionError):
         return None
-
 
 def json_rows(path: str, ending: str) -> list[tuple[str, object]]:
     """(where, row) of an array, of a .json's dictionary of arrays, of one object, or of each line."""
@@ -109,7 +104,6 @@ def json_rows(path: str, ending: str) -> list[tuple[str, object]]:
         return [(f"{path}, row {n}", row) for n, row in enumerate(value, 1)]
     return [(f"{path}, line {n}", parse_json(line))
             for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
     """(where, row) of a JSONL, JSON, CSV or TSV file. A row that is not whole ends the program."""
@@ -136,7 +130,6 @@ def label_of(row: dict, columns: str, where: str, default: bool | None = None) -
         stop(f"{where}: {' and '.join(labels)} contradict each other; mend the row.")
     return next(iter(labels.values()), default)
 
-
 def text_of(row: dict, columns: list[str], where: str) -> str:
     """The text of the first of these columns that is not empty. One message of a user is a text, too."""
     value = next((row[column] for column in columns if row.get(column) not in (None, "")), None)
@@ -146,7 +139,6 @@ def text_of(row: dict, columns: list[str], where: str) -> str:
     stop(f"{where}: {json.dumps(value)[:60]} is no text, nor one message of a user, in the column "
          f"{' or '.join(columns)}; its columns are {', '.join(row)}. Mend the row or remove it.")
 
-
 def read_prompts(paths: list[str], attacks: bool = False) -> list[tuple[str, list, str]]:
     """
     (benchmark, [(text, harmful) ..], summary) of each file; with `attacks`, of attacks before the requests
@@ -154,7 +146,6 @@ def read_prompts(paths: list[str], attacks: bool = False) -> list[tuple[str, lis
     """
     seen = {}   # text: its label, and where it stands
     return [read_file(path, attacks, seen) for path in paths]
-
 
 def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tuple[str, list, str]:
     """One file of read_prompts."""
@@ -193,9 +184,8 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
          device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
     """
-    Pack ragged lists into tensors, padded on the right: ids_BT, mask_BT (True on the tokens of the reply),
-    and a value_BT for each item of `per_token`, which holds one list of floats per reply. A value is 0
-    outside the mask. The mask goes by position, because a padding id may equal a stop token.
+    Tensors, padded on the right: ids_BT, mask_BT (True on the tokens of the reply), and a value_BT, 0 outside
+    the mask, for each list of a reply's floats. The mask goes by position: padding may equal a stop token.
     """
     T = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
     ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)

@@ -62,7 +62,6 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
 
-
 # The model types whose formulas are in this file, and what transformers calls their classes.
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ROPE_FIELDS = {
@@ -80,7 +79,6 @@ ONE_VALUE = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, 
 NO_EFFECT = {"bos_token_id", "pad_token_id", "use_cache", "max_position_embeddings", "max_window_layers",
              "pretraining_tp"}
 
-
 def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
     """Fields of a config that ask for what is not implemented. What transformers does not read is ignored."""
     from transformers import PreTrainedConfig
@@ -95,7 +93,6 @@ def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
     refused = {key: value for key, value in values if key in checked and value != usual[key]}
     refused |= {key: value for key, value in rope.items() if key not in rope_fields}
     return {key: value for key, value in refused.items() if (key, value) != ("partial_rotary_factor", 1.0)}
-
 
 def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
     """Our config from Hugging Face's. What is not implemented is refused by name, never ignored."""
@@ -187,7 +184,6 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays
     return frequency_E2 * (kept_E2 + (1 - kept_E2) / factor)
 
-
 def rotation(position_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
     """rotation_BT2E: cosines and sines of every position's angles; the first half of the sines is negated."""
     # angles in fp32: bf16 cannot tell position 1000 from 1001
@@ -196,7 +192,6 @@ def rotation(position_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Te
     cos_BTE = torch.cat((cos, cos), dim=-1)
     sin_BTE = torch.cat((-sin, sin), dim=-1)
     return torch.stack((cos_BTE, sin_BTE), dim=-2).to(dtype)
-
 
 def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
     """Rotate each pair (x[e], x[e + E/2]) by its position's angle: Hugging Face's order of channels."""
@@ -218,13 +213,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-
 class Linear(nn.Linear):
     """x @ weight.T + bias over the last dimension."""
 
     def reset_parameters(self) -> None:
         """Skip init: weights are loaded, or drawn by `new_model`."""
-
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; queries, keys and values come from one fused matmul."""
@@ -258,7 +251,6 @@ class Attention(nn.Module):
             return self.o_proj(attend(query_BTHE, key_BKTE, value_BKTE))
         return self.o_proj(cache.attend(layer, query_BTHE, key_BKTE, value_BKTE))
 
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202); gate and up come from one fused matmul."""
 
@@ -269,7 +261,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
-
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and added to its input."""
@@ -340,11 +331,9 @@ class Transformer(nn.Module):
         weight_VD = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
         return head(self.norm(x_BTD), weight_VD)
 
-
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last position, in fp32."""
     return matmul_fp32(hidden_BTD[:, -1], weight_VD)
-
 
 def score(model: Transformer, ids_BT: Tensor, mask_BT: Tensor,
           temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -375,7 +364,6 @@ def new_model(hf_config: PreTrainedConfig, seed: int) -> Transformer:
             nn.init.normal_(parameter, std=hf_config.initializer_range, generator=generator)
     return model
 
-
 def download(name: str) -> Path:
     """The local copy of a hub model: safetensors, configs and tokenizer, no code."""
     from huggingface_hub import snapshot_download
@@ -387,12 +375,10 @@ def download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         stop(f"{name}: no such folder, and no hub model of that name can be had ({error}); give another.")
 
-
 def newest_step(name: str) -> Path:
     """The newest checkpoint of a run folder; any other name as it is, also one too long for a file."""
     latest = Path(name, "latest")
     return Path(name, latest.read_text("utf-8", "replace").strip() if os.path.isfile(latest) else "")
-
 
 def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
@@ -403,7 +389,6 @@ def find_checkpoint(name: str) -> Path:
         if not list(folder.glob(pattern)):
             stop(f"{folder}: no {pattern} there; give a model's folder with safetensors weights, or a run.")
     return folder
-
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
@@ -417,7 +402,6 @@ def run_config(name: str) -> dict:
                 stop(f"{folder}/config.json: cannot be read as a run's settings; put back the file.")
     return {}
 
-
 def weight_files(folder: Path) -> list[Path]:
     """The files of a checkpoint's weights, by its index: some folders hold a second copy of them."""
     index = folder / "model.safetensors.index.json"
@@ -425,7 +409,6 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     single = folder / "model.safetensors"
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-
 
 @contextmanager
 def refuse_damage(folder: Path) -> Iterator[None]:
@@ -435,7 +418,6 @@ def refuse_damage(folder: Path) -> Iterator[None]:
     except Exception as error:  # of safetensors, transformers, jinja or the disk: there is no narrower class
         reason = " ".join(str(error).split())[:200]
         stop(f"{folder}: the checkpoint cannot be read ({reason}); give another.")
-
 
 def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """A checkpoint's model, on the meta device: it has shapes, and no memory for its weights."""
@@ -448,7 +430,6 @@ def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
             model.generation = GenerationConfig.from_pretrained(folder)
     set_threads(sum(p.numel() for p in model.parameters()))
     return model
-
 
 def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
     """The weights for a model of `open_empty`, on the CPU. One that is missing or unknown is an error."""
@@ -478,23 +459,19 @@ def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
             stop(f"{folder}: against config.json, the weights {problem} {len(keys)}: {sorted(keys)[:4]}.")
     return weights
 
-
 def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """Open a checkpoint on the CPU, from safetensors only."""
     model = open_empty(name, dtype)
     model.load_state_dict(read_weights(name, model), assign=True)  # assign: no memory to copy into
     return model
 
-
 # Checkpoints hold these matrices one by one; here each group is one matrix, so that it is one matmul.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
 
 def hf_names(key: str) -> list[str]:
     """What is one parameter here, by its names in a checkpoint, without `model.`."""
     module = key.split(".")[-2]
     return [key.replace(module, part) for part in FUSED.get(module, [module])]
-
 
 def fuse(weights: dict[str, Tensor]) -> None:
     """Put our parameters in the place of those of a checkpoint, one by one: no second copy of all."""
@@ -502,7 +479,6 @@ def fuse(weights: dict[str, Tensor]) -> None:
         for key in [key for key in weights if f".{parts[0]}." in key]:
             tensors = [weights.pop(key.replace(parts[0], part)) for part in parts]
             weights[key.replace(parts[0], fused)] = torch.cat(tensors)
-
 
 def unfuse(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The parameters of a Hugging Face checkpoint, under its names, from ours."""
@@ -517,7 +493,6 @@ def unfuse(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
         for part, piece in zip(hf_names(key), pieces, strict=True):
             hf_weights[part if module == "lm_head" else f"model.{part}"] = piece
     return hf_weights
-
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
          tokenizer: PreTrainedTokenizerBase) -> None:
@@ -554,7 +529,6 @@ def main() -> None:
     difference = (ours_BTV - theirs(ids_BT).logits).abs().max()
     print(f"largest difference to transformers over {ours_BTV.numel():,} logits: {difference:.1e}, "
           f"where the largest logit is {ours_BTV.abs().max():.1f}")
-
 
 if __name__ == "__main__":
     main()

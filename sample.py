@@ -48,18 +48,15 @@ def clean_text(text: str) -> str:
     """Text that can be encoded: half of a surrogate pair, which JSON can spell, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
-
 def visible(text: str) -> str:
     """A text without outer spaces; empty if it has no letter, number, sign or symbol that can be seen."""
     seen = any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in text)
     return text.strip() if seen else ""
 
-
 def after_thought(text: str) -> str | None:
     """What a text says once its thoughts have ended; None while one is open."""
     said = THOUGHT_END.split(text)[-1]
     return None if THOUGHT.search(said) else visible(said)
-
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], think: bool, reply: bool) -> str:
     """A conversation in the tokenizer's chat template, up to the reply that follows, if one is to follow."""
@@ -67,7 +64,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], think: bool
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, enable_thinking=think, add_generation_prompt=reply,
         date_string=TODAY.strftime("%d %b %Y"))
-
 
 def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. With `chat`, it must have a chat template that shows a user's message."""
@@ -84,7 +80,6 @@ def open_tokenizer(name: str, chat: bool = True) -> PreTrainedTokenizerBase:
             stop(f"{name}: the model does not embed all tokens of its chat template; choose another.")
     return tokenizer
 
-
 def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a reply, by the generation config and by the tokenizer."""
     listed = model.generation.eos_token_id  # None, one id, or several
@@ -93,12 +88,10 @@ def stop_ids(model: Transformer, tokenizer: PreTrainedTokenizerBase) -> list[int
         warnings.warn("No token ends a reply, by generation_config.json and by the tokenizer.", stacklevel=2)
     return sorted(ids)
 
-
 @lru_cache(maxsize=8)
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Spelling and id of every added token but the unknown one: a text that spells one must stay text."""
     return {word: i for word, i in tokenizer.get_added_vocab().items() if i != tokenizer.unk_token_id}
-
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that somebody else wrote. Markup in it is undone: cut after its first character."""
@@ -114,7 +107,6 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     special = set(markup.values())  # a spelling of one character cannot be cut
     return [i for i in ids if i not in special]
 
-
 def tagged_ids(tokenizer: PreTrainedTokenizerBase, text: str, tags: Sequence[str]) -> list[int]:
     """Tokens of a reply to learn from: plain text, but tags that are added tokens are those tokens."""
     ids = []
@@ -122,7 +114,6 @@ def tagged_ids(tokenizer: PreTrainedTokenizerBase, text: str, tags: Sequence[str
     for part in re.split(f"({'|'.join(map(re.escape, own))})", text) if own else [text]:
         ids += [own[part]] if part in own else plain_ids(tokenizer, part)
     return ids + [i for i in [tokenizer.eos_token_id] if i is not None]
-
 
 def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequence[str]) -> list[int]:
     """
@@ -142,14 +133,12 @@ def fill_template(tokenizer: PreTrainedTokenizerBase, template: str, texts: Sequ
         ids += plain_ids(tokenizer, text) + following
     return ids
 
-
 @lru_cache(maxsize=64)
 def template_prefix(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
     """The tokens with which the fillings of a template begin: a shared prefix for `sample`."""
     probes = ("a", "0", " ", "\n", "?")  # the first characters may merge with the template's last token
     fillings = ([probe] * template.count(PLACEHOLDER) for probe in probes)
     return commonprefix([fill_template(tokenizer, template, texts) for texts in fillings])
-
 
 @lru_cache(maxsize=64)
 def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening: str) -> str:
@@ -164,12 +153,10 @@ def stream(name: str, *numbers: int) -> np.random.Generator:
     """Random numbers of their own for each use: a name, and as many numbers at each call."""
     return np.random.default_rng((*name.encode(), *numbers))
 
-
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
     """uniform_NT in [0, 1), fp64, a row per game: a function of (seed, step, game, turn) alone."""
     rows = [stream("draw", seed, step, game, turn).random(length) for game in games]
     return torch.from_numpy(np.array(rows).reshape(len(rows), length))
-
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """token_B: the first token whose cumulative probability exceeds the row's uniform number."""
@@ -186,12 +173,10 @@ CACHE_SHARE = 0.7      # of a GPU's free memory, for a batch; prefill takes of t
 PREFILL_SLOTS = {"cpu": 1_024, "cuda": 16_384}  # rows x slots of one prefill pass
 MIN_PREFIX = 32        # tokens; a shorter shared prefix saves less than its own pass costs
 
-
 class PrefillPass(NamedTuple):
     """Prompts that run together, longest first, by their number; all begin with the tokens of `prefix`."""
     prefix: tuple[int, ...]
     numbers: list[int]
-
 
 def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
                  max_slots: int) -> deque[PrefillPass]:
@@ -207,7 +192,6 @@ def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
         passes[-1].numbers.append(n)
     return passes
 
-
 def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | None) -> Cache:
     """A cache of these token lists, longest first; all begin with the tokens of `prefix`, a single row."""
     weight_VD = model.embed_tokens.weight
@@ -222,7 +206,6 @@ def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | No
         suffixes = [text[n_prefix:] + (0,) * (longest - len(text)) for text in texts]
         model(torch.tensor(suffixes, device=weight_VD.device), None, cache)
     return cache
-
 
 class PromptQueue:
     """Prompts that wait for a row. They run pass by pass; in one, equal prompts and the prefix run once."""
@@ -259,7 +242,6 @@ class PromptQueue:
 MIN_ROWS = 16         # on a CPU: with fewer, matmuls round differently, and sampler and trainer disagree
 COMPACT_BELOW = 0.75  # a CPU batch drops its free rows when no more than this share of its rows is active
 
-
 def rows_for(model: Transformer, n: int, slots: int) -> int:
     """Rows of a batch for n prompts: on a CPU by a constant, on a GPU as many as its free memory holds."""
     weight_VD = model.embed_tokens.weight
@@ -272,14 +254,12 @@ def rows_for(model: Transformer, n: int, slots: int) -> int:
     drawing = 24 * c.vocab  # logits and probabilities in fp32, sums in fp64, copies
     return max(1, min(n, int(CACHE_SHARE * free / (keys_and_values + drawing))))
 
-
 def join_gather_streams(model: Transformer) -> None:
     """FSDP2's hooks fork two streams off the current one: join them, or a capture cannot end."""
     if hasattr(model, "_get_fsdp_state"):
         context = model._get_fsdp_state()._comm_ctx
         torch.cuda.current_stream().wait_stream(context.all_gather_copy_in_stream)
         torch.cuda.current_stream().wait_stream(context.all_gather_stream)
-
 
 class DecodeBatch:
     """Rows of a cache, each drawing a token per step. prompt_B[b]: what row b answers; None: it is free."""
@@ -365,13 +345,11 @@ class DecodeBatch:
 # ---------------------------------------------------------------- prompts to replies
 Done = Callable[[list[int]], bool] | None  # whether a reply that begins with these tokens may end here
 
-
 @dataclass
 class Sample:
     """A reply: its tokens, the stop token too, and their log-probabilities (nats, at the temperature)."""
     ids: list[int]
     logprobs: list[float]
-
 
 @torch.inference_mode()
 def sample(model: Transformer, prompts: list[list[int]], uniform_NT: Tensor, stops: list[int],
@@ -424,7 +402,6 @@ def main() -> None:
     uniform_NT = torch.rand(1, 256, dtype=torch.float64)  # at most so many tokens
     reply = sample(model, [prompt], uniform_NT, stop_ids(model, tokenizer), args.temperature)[0]
     print(f"{opening} {tokenizer.decode(reply.ids, skip_special_tokens=True)}".strip())
-
 
 if __name__ == "__main__":
     main()

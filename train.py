@@ -56,7 +56,6 @@ PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEF
 def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
     return field(default=default, metadata={"source": source, "help": help, "choices": choices})
 
-
 @dataclass(frozen=True)
 class Config:
     """Every flag: its default, where that comes from, what it means. Ranks divide --games among them."""
@@ -94,14 +93,12 @@ class Config:
     recompute: bool = opt(True, "ours", "compute activations again in the backward pass: less memory")
     plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
 
-
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
     int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
     float: (0, 10 ** 6), "temperature": (0.01, 100)}
-
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
@@ -114,7 +111,6 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
         text = f"{f.metadata['help']} [{f.default}, {f.metadata['source']}]"
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
-
 
 def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
     """The configuration, and for each field where its value comes from."""
@@ -144,7 +140,6 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     sources |= {name: f"command line; was {saved[name]}" for name in changed}
     return Config(**values | {"out": str(out)}), sources
 
-
 def check_config(cfg: Config, world_size: int) -> None:
     """Refuse what cannot run, before any work and before anything is written."""
     for f in fields(Config):
@@ -172,7 +167,6 @@ def check_config(cfg: Config, world_size: int) -> None:
 # ---------------------------------------------------------------- the loss
 MAX_MISMATCH = 5e-3  # nats between sampler and trainer; in bf16 a matmul changes with its batch
 
-
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int,
                 clip: float) -> Tensor:
     """
@@ -185,7 +179,6 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
     gain_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     return -(gain_BT * mask_BT).sum() / n_tokens
 
-
 def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
     """Advantages with which both roles weigh the same in the loss, however long the other one talks."""
     n_tokens = Counter()
@@ -194,14 +187,12 @@ def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) ->
     return [advantage_T * n_tokens.total() / n_tokens[e.turn.role]
             for advantage_T, e in zip(advantage, experiences, strict=True)]
 
-
 def importance_weight(log_ratio_BT: Tensor) -> Tensor:
     """
     weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
     importance sampling, Ionides 2008); 1 where the two differ by no more than MAX_MISMATCH.
     """
     return log_ratio_BT.exp().clamp(max=2.0).where(log_ratio_BT.abs() > MAX_MISMATCH, 1.0)
-
 
 def step_size(cfg: Config, n: int) -> float:
     """Learning rate of update n: warm-up over 3 % of the run, then a cosine from the peak to 10 % of it."""
@@ -220,7 +211,6 @@ class Ranks:
     device: torch.device
     compute: torch.dtype = torch.float32
 
-
 def setup(cfg: Config) -> Ranks:
     """One process without torchrun, any number with it; PyTorch picks nccl on GPUs, gloo on CPUs."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -236,7 +226,6 @@ def setup(cfg: Config) -> Ranks:
     compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     return Ranks(int(os.environ.get("RANK", 0)), world, device, compute)
 
-
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """Split every layer's parameters among the processes (FSDP2); one in fp32 keeps them as they are."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -244,7 +233,6 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     for part in (*model.layers, model) if dist.is_initialized() else ():
         fully_shard(part, mp_policy=policy)
     return model
-
 
 def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
     """A checkpoint's model, split among the processes. Rank 0 alone reads the weights, one copy of them."""
@@ -258,7 +246,6 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
     set_model_state_dict(model, weights, options=options)
     return model
 
-
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold all parameters in full on every rank, so that ranks may decode different numbers of tokens."""
@@ -271,7 +258,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP2's default: all but the root
         part.reshard()
 
-
 def gather_list(mine: list, ranks: Ranks) -> list:
     """Every rank's list, one after the other, on every rank."""
     if ranks.world == 1:
@@ -280,13 +266,11 @@ def gather_list(mine: list, ranks: Ranks) -> list:
     dist.all_gather_object(lists, mine)
     return [item for part in lists for item in part]
 
-
 def stop_all(ranks: Ranks, sentence: str) -> None:
     """Rank 0 prints the sentence; all ranks exit with status 2."""
     if ranks.rank == 0:
         stop(sentence)
     raise SystemExit(2)
-
 
 def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
     """Rank 0 reads or writes the disk while the others wait. If it cannot, all ranks stop."""
@@ -302,11 +286,9 @@ def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
         stop_all(ranks, f"A file cannot be read or written ({failure}). Complete checkpoints are intact: "
                         "mend that and go on with --resume.")
 
-
 def log0(ranks: Ranks, text: str) -> None:
     if ranks.rank == 0:
         tqdm.write(text)
-
 
 def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[int]]:
     """
@@ -339,7 +321,6 @@ def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tup
         prompts, replies, *values = zip(*batch, strict=True)
         yield numbers, pack(prompts, replies, values, ranks.device)
 
-
 @torch.no_grad()
 def rescore(model: Transformer, experiences: list[Experience], cfg: Config, ranks: Ranks) -> list[np.ndarray]:
     """logprob_T of every reply under a model; the ranks share the work, and each gets the whole result."""
@@ -351,7 +332,6 @@ def rescore(model: Transformer, experiences: list[Experience], cfg: Config, rank
             scored.append((i, logprob_BT[b][mask_BT[b]].double().cpu().numpy()))
     by_row = dict(gather_list(scored, ranks))  # they came rank by rank, longest first
     return [by_row[i] for i in range(len(experiences))]
-
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: list[Experience],
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
@@ -385,7 +365,6 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
     optimizer.zero_grad()
     return sums
 
-
 def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[int]]], cfg: Config,
                         ranks: Ranks) -> list[dict[str, float]]:
     """Backward of the supervised term: cross-entropy of the responses, in nats per token."""
@@ -396,7 +375,6 @@ def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[i
         (loss * cfg.sft_coef * ranks.world).backward()
         sums.append({"loss_sft": loss.item()})
     return sums
-
 
 def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) -> list[tuple]:
     """The supervised pairs of update n. Three for four games makes the official run's 16 an update."""
@@ -413,7 +391,6 @@ def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) ->
     metrics = {key: value / over.get(key, updates) for key, value in total.items()}
     return metrics | {"ratio_max": max(part.get("ratio_max", 0.0) for part in sums)}
 
-
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     """One line of the log, at most 120 columns without the warning."""
     shown = [f"step {step:4d}/{steps}"]
@@ -422,7 +399,6 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
         shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
-
 
 def show_plan(cfg: Config, n_gpus: int) -> str:
     """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
@@ -473,7 +449,6 @@ def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
     pools = seed_pools(labelled, attacks, revise=cfg.play != "defender" or bool(cfg.opponent))
     return pools, [summary for _, _, summary in seed_files + attack_files]
 
-
 def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int], list[int]]]:
     """The supervised pairs as token ids; with thoughts on, a response is a whole reply, thought included."""
     pairs = []
@@ -489,7 +464,6 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
     if cfg.sft and not pairs:
         stop(f"{cfg.sft}: holds no pairs; give a file with at least one.")
     return pairs
-
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
     """Refuse replies that a context of so many tokens cannot hold. A defender's prompt holds an attack."""
@@ -525,7 +499,6 @@ def prepare(cfg: Config, chat: ChatFormat, summaries: list[str], newest: Path | 
         checkpoint.link_model(find_checkpoint(cfg.model), tmp_dir)
     checkpoint.commit(tmp_dir, out / "step_000000")
 
-
 def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer,
                     chat: ChatFormat, keep: int, ranks: Ranks) -> None:
     """The weights, then each rank's part of the optimizer's state; committed when all is written."""
@@ -550,7 +523,6 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
 
-
 def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, step: int,
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
@@ -559,7 +531,6 @@ def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, st
         stops, label = stop_ids(model, chat.tokenizer), role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
-
 
 def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: ChatFormat, first: int,
              ranks: Ranks) -> str:
@@ -571,7 +542,6 @@ def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: C
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
     return "\n".join(lines)
-
 
 def main(argv: list[str] | None = None) -> None:
     """Refuse bad input before the run folder is touched; then repeat the numbered phases of a step."""
@@ -691,7 +661,6 @@ def main(argv: list[str] | None = None) -> None:
         if in_toy:
             subprocess.run([*evaluate, "bench", out / "step_000000", out], check=True)
         subprocess.run([*evaluate, "plot", out], check=True)
-
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a step to finish, Ctrl-C ends at once

@@ -28,30 +28,24 @@ SMALL_MODEL = 10_000_000  # parameters
 ALL_THREADS = torch.get_num_threads()
 BY_USER = "OMP_NUM_THREADS" in os.environ
 
-
 def set_threads(n_parameters: float) -> None:
     """Give a model of this size all threads if it can use them, else one; a user's own number stays."""
     if not BY_USER:
         torch.set_num_threads(ALL_THREADS if n_parameters > SMALL_MODEL else 1)
 
-
 set_threads(0)
 
-
 # ---------------------------------------------------------------- how a command refuses
-
 def stop(sentence: str) -> NoReturn:
     """Refuse bad input before any work: print one sentence that says what to do, and exit with status 2."""
     print(sentence.replace("\n", " "), file=sys.stderr, flush=True)
     raise SystemExit(2)
-
 
 class CommandLine(ArgumentParser):
     """A parser that refuses a wrong argument with one sentence."""
 
     def error(self, message: str) -> NoReturn:
         stop(f"{self.prog}: {message}; python {self.prog} --help lists the arguments.")
-
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Refuse an argument that is not a number from `low` to `high`."""

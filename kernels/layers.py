@@ -22,9 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 FEW_POSITIONS = 128   # up to here a CPU attends faster by two matmuls than by PyTorch's fused routine
 MIN_QUERIES = 4       # fewest rows of such a matmul; attention_reference says why
 
-
 # ---------------------------------------------------------------- matrix product
-
 def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
     """
     x @ weight.T as fp32 [N, M], whatever the dtype of the factors. Logits need it: bf16 has 8 bits, so it
@@ -35,19 +33,15 @@ def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
         return torch.mm(x_ND, weight_MD.T, out_dtype=torch.float32)
     return x_ND.float() @ weight_MD.float().T
 
-
 # ---------------------------------------------------------------- norm
-
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """r = 1 / sqrt(|x|^2 / D + eps), fp32 [..., 1]."""
     magnitude = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
     return (magnitude.square() / x.shape[-1] + eps).rsqrt()
 
-
 def norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The definition over the last dimension. Like Llama, it rounds to the dtype of x before the weight."""
     return (x.float() * inverse_rms(x, eps)).to(x.dtype) * weight_D
-
 
 class NormFunction(torch.autograd.Function):
     """rms_norm with its gradients. It keeps x alone, where autograd would keep three matrices."""
@@ -76,21 +70,17 @@ class NormFunction(torch.autograd.Function):
         grad_x = (grad_n - n * (grad_n * n).mean(-1, keepdim=True)) * r
         return grad_x.to(x.dtype), grad_weight_D.to(weight_D.dtype), None
 
-
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, in the dtype of x; the root mean square is fp32."""
     if x.is_cuda or torch.is_grad_enabled():
         return NormFunction.apply(x, weight_D, eps)
     return norm_reference(x, weight_D, eps)   # without the 6 us that an autograd function costs
 
-
 # ---------------------------------------------------------------- gate
-
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """The definition, [..., 2 * ffn_dim] to [..., ffn_dim]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
 
 class SwiGLUFunction(torch.autograd.Function):
     """swiglu with its gradient. It keeps gate_up alone and computes silu(gate) again in the backward pass."""
@@ -117,16 +107,13 @@ class SwiGLUFunction(torch.autograd.Function):
         torch.mul(F.silu(gate), grad_output, out=grad_up)
         return grad
 
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(left side) * right side of the last dimension, [..., 2 * ffn_dim] to [..., ffn_dim]."""
     if gate_up.is_cuda or torch.is_grad_enabled():
         return SwiGLUFunction.apply(gate_up)
     return swiglu_reference(gate_up)
 
-
 # ---------------------------------------------------------------- attention
-
 def attention_reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:
     """
     The definition, [B, T, H * E]. The mask holds 0 or -inf and broadcasts to [B, 1, T, 1, S]. The T * G
@@ -149,7 +136,6 @@ def attention_reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor
     out_BKTGE = out_BKNE.unflatten(2, (T, -1))[:, :, :, :G]
     return out_BKTGE.transpose(1, 2).reshape(B, T, H * E).to(query_BTHE.dtype)
 
-
 def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor:
     """
     Causal attention of the last T of S positions, [B, T, H * E]: position t sees the first S - T + t + 1
@@ -168,7 +154,6 @@ def attend(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor) -> Tensor:
         query_BHTE, key_BKSE, value_BKSE, mask, is_causal=T == S, enable_gqa=H != K
     )
     return out_BHTE.transpose(1, 2).flatten(2)
-
 
 def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, length_B: Tensor) -> Tensor:
     """

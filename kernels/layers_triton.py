@@ -21,9 +21,7 @@ from torch import Tensor
 NORM_PROGRAMS = 1024   # of the backward pass of a norm, at most: each adds up a gradient of its own
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"   # Triton runs on a CPU, for tests
 
-
 # ---------------------------------------------------------------- norm
-
 @triton.jit
 def norm_kernel(x_ptr, weight_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
     """Program n: row n."""
@@ -38,7 +36,6 @@ def norm_kernel(x_ptr, weight_ptr, y_ptr, D, eps, BLOCK: tl.constexpr):
     rounded_D = (x_D * r).to(x_ptr.dtype.element_ty)
     tl.store(y_ptr + row + d_D, rounded_D.to(tl.float32) * weight_D, mask=valid_D)
 
-
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension."""
     x = x.contiguous()
@@ -48,7 +45,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         grid = (x.numel() // D,)
         norm_kernel[grid](x, weight_D, y, D, eps, BLOCK=triton.next_power_of_2(D))
     return y
-
 
 @triton.jit
 def norm_backward_kernel(x_ptr, weight_ptr, grad_y_ptr, grad_x_ptr, grad_weight_ptr, N, D, eps, rows,
@@ -71,7 +67,6 @@ def norm_backward_kernel(x_ptr, weight_ptr, grad_y_ptr, grad_x_ptr, grad_weight_
         tl.store(grad_x_ptr + offset_D, grad_x_D, mask=valid_D)
     tl.store(grad_weight_ptr + tl.program_id(0).to(tl.int64) * D + d_D, grad_weight_D, mask=valid_D)
 
-
 def rms_norm_backward(grad_y: Tensor, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(grad_x, grad_weight_D) of rms_norm. The latter is the sum over the programs, in fp32."""
     x, grad_y = x.contiguous(), grad_y.contiguous()
@@ -86,9 +81,7 @@ def rms_norm_backward(grad_y: Tensor, x: Tensor, weight_D: Tensor, eps: float) -
                                           BLOCK=triton.next_power_of_2(D))
     return grad_x, grad_weight_PD.sum(0)
 
-
 # ---------------------------------------------------------------- gate
-
 @triton.jit
 def swiglu_kernel(gate_up_ptr, y_ptr, ffn_dim, BLOCK: tl.constexpr):
     """Program (n, j): block j of the columns of row n."""
@@ -99,7 +92,6 @@ def swiglu_kernel(gate_up_ptr, y_ptr, ffn_dim, BLOCK: tl.constexpr):
     gate = tl.load(gate_ptr, mask=valid).to(tl.float32)
     up = tl.load(gate_ptr + ffn_dim, mask=valid)
     tl.store(y_ptr + row + column, gate * tl.sigmoid(gate) * up, mask=valid)
-
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(left side) * right side, [..., 2 * ffn_dim] to [..., ffn_dim]."""
@@ -112,7 +104,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         grid = (y.numel() // ffn_dim, triton.cdiv(ffn_dim, block))
         swiglu_kernel[grid](gate_up, y, ffn_dim, BLOCK=block)
     return y
-
 
 @triton.jit
 def swiglu_backward_kernel(grad_y_ptr, gate_up_ptr, grad_ptr, ffn_dim, BLOCK: tl.constexpr):
@@ -129,7 +120,6 @@ def swiglu_backward_kernel(grad_y_ptr, gate_up_ptr, grad_ptr, ffn_dim, BLOCK: tl
     tl.store(grad_ptr + side, grad_gate, mask=valid)
     tl.store(grad_ptr + side + ffn_dim, grad_y * gate * s, mask=valid)
 
-
 def swiglu_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate_up, [..., 2 * ffn_dim]."""
     grad_y, gate_up = grad_y.contiguous(), gate_up.contiguous()
@@ -141,9 +131,7 @@ def swiglu_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
         swiglu_backward_kernel[grid](grad_y, gate_up, grad, ffn_dim, BLOCK=block)
     return grad
 
-
 # ---------------------------------------------------------------- attention of one query per row
-
 @triton.jit
 def attend_kernel(
     query_ptr, key_ptr, value_ptr, length_ptr, out_ptr,
@@ -182,7 +170,6 @@ def attend_kernel(
         out_GE = out_GE * rescale_G1 + new_GE
         max_G1 = new_max_G1
     tl.store(out_ptr + offset_GE, out_GE / sum_G1, mask=valid_GE)
-
 
 def attend_one(query_B1HE: Tensor, keys_BKSE: Tensor, values_BKSE: Tensor, length_B: Tensor) -> Tensor:
     """Attention of row b's one query to slots 0..length_B[b], [B, 1, H * E]. The cache must be contiguous."""

@@ -25,16 +25,12 @@ from torch import Tensor
 PIECE = {"cpu": 2**20, "cuda": 2**27}   # logits, or gradients of logits, of one piece
 MIN_SIDE = 256                          # fewest rows or columns of a piece: thin matmuls are slow
 
-
 # ---------------------------------------------------------------- the formula
-
 def log_policy(logits: Tensor, temperature: float) -> Tensor:
     """The policy, [..., V] to fp32 [..., V]: sampling draws from it. token_logprob is the same, in pieces."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
 
-
 # ---------------------------------------------------------------- the same in pieces, on a CPU
-
 def statistics(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +49,6 @@ def statistics(
         lse_N[piece] = target_logit_N - logprob_N[piece]
         entropy_N[piece] = -torch.linalg.vecdot(logp_NV.exp(), logp_NV)
     return lse_N, logprob_N, entropy_N
-
 
 def slice_gradient(
     hidden_ND: Tensor,
@@ -74,14 +69,11 @@ def slice_gradient(
     is_here_N1 = (column_N1 >= 0) & (column_N1 < C)
     return grad_NC.scatter_add_(1, column_N1.clamp(0, C - 1), scale_N1 * is_here_N1)
 
-
 # ---------------------------------------------------------------- forward and backward
-
 def slice_words(N: int, device_type: str) -> int:
     """Words of the vocabulary whose gradients exist at the same time."""
     words = PIECE[device_type] // max(1, N)
     return max(MIN_SIDE, words - words % 128)   # rows that begin at odd addresses make a GPU's matmul slow
-
 
 def head_bytes(N: int, D: int, V: int) -> int:
     """
@@ -92,14 +84,12 @@ def head_bytes(N: int, D: int, V: int) -> int:
     # the fp32 sum for the hidden states, and a slice of the gradients of logits and of weights
     return 4 * N * D + 2 * C * (N + D)
 
-
 def add_matmul(sum_ND: Tensor, a_NC: Tensor, b_CD: Tensor) -> None:
     """sum_ND += a_NC @ b_CD in fp32; on a GPU without a copy of the factors or of their product."""
     if a_NC.is_cuda and a_NC.dtype != torch.float32:
         torch.addmm(sum_ND, a_NC, b_CD, out_dtype=torch.float32, out=sum_ND)
     else:
         sum_ND += a_NC.float() @ b_CD.float()
-
 
 class TokenLogprob(torch.autograd.Function):
     """token_logprob by two functions, `statistics` and `slice_gradient`. It keeps one number per token."""
@@ -142,16 +132,13 @@ class TokenLogprob(torch.autograd.Function):
             del grad_NC   # before the next slice is made
         return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, None, None, None
 
-
 # ---------------------------------------------------------------- the public function
-
 def functions_for(device_type: str) -> tuple[Callable, Callable]:
     """(statistics, slice_gradient) for a device."""
     if device_type == "cpu":
         return statistics, slice_gradient
     from kernels import logprob_triton   # here, because Triton exists on Linux only
     return logprob_triton.statistics, logprob_triton.slice_gradient
-
 
 def token_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float = 1.0

@@ -20,13 +20,11 @@ from kernels.layers_triton import INTERPRET
 PROGRAMS = 1024   # enough to keep all multiprocessors of a GPU busy
 LOWEST = tl.constexpr(-1e30)   # used for -inf: 0 * LOWEST is 0, but 0 * -inf is nan
 
-
 def tile_sizes(dtype: torch.dtype) -> dict[str, int]:
     """Sizes of a program's tile, and its warps: in bf16 the fastest of eight on an H200."""
     if dtype == torch.float32 and not INTERPRET:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-
 
 @triton.jit
 def logits_tile(
@@ -53,9 +51,7 @@ def logits_tile(
         z_NV = tl.dot(hidden_ND, weight_DV, z_NV, input_precision="ieee")
     return tl.where(v_V < V, z_NV * scale, LOWEST)
 
-
 # ---------------------------------------------------------------- forward
-
 @triton.jit
 def forward_kernel(
     hidden_ptr, weight_ptr, ids_ptr, out_ptr,
@@ -102,7 +98,6 @@ def forward_kernel(
     tl.store(out_ptr_N1 + N, log_sum_N1 - moment_N1 / sum_N1, mask=n_N1 < N)
     tl.store(out_ptr_N1 + 2 * N, target_N1, mask=n_N1 < N)
 
-
 def statistics(
     hidden_ND: Tensor, weight_VD: Tensor, ids_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,9 +123,7 @@ def statistics(
     # the two are summed in different orders: a difference above 0 is rounding
     return lse_N, (target_SN.sum(0) - lse_N).clamp(max=0.0), entropy_N
 
-
 # ---------------------------------------------------------------- backward
-
 @triton.jit
 def gradient_kernel(
     hidden_ptr, weight_ptr, ids_ptr, lse_ptr, grad_ptr, out_ptr,
@@ -154,7 +147,6 @@ def gradient_kernel(
     onehot_NC = tl.where(first + c_C == ids_N1, 1.0, 0.0)
     grad_NC = grad_N1 * scale * (onehot_NC - p_NC)
     tl.store(out_ptr + n_N1.to(tl.int64) * C + c_C, grad_NC, mask=(n_N1 < N) & (c_C < C))
-
 
 def slice_gradient(
     hidden_ND: Tensor,
