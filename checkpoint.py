@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import stop
-from selfplay import Game, is_legal
+from selfplay import Game, Seed, is_legal
 
 MANIFEST = "complete.json"   # in each checkpoint: {file: bytes}
 
@@ -158,6 +158,12 @@ def game_record(game: Game, step: int) -> dict:
             "answer": game.defender.reply.answer, "verdict": vars(game.verdict),
             "attacker_reply": game.attacker.reply.text if game.attacker else None,
             "defender_reply": game.defender.reply.text}
+
+def past_attacks(records: list[dict], won_alone: bool) -> list[Seed]:
+    """The legal attacks of recorded games, all or those that won, as seeds that the defender is asked."""
+    won = {True: "response_harmful", False: "refusal"}   # by the seed's label
+    return [Seed(row["attack"], row["harmful"], revise=False, recorded=True) for row in records
+            if row["legal"] and (not won_alone or row["verdict"][won[row["harmful"]]])]
 
 def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
     """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""

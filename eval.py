@@ -351,6 +351,13 @@ def main_plot(args: Namespace) -> None:
     print(f"curves: {file}")
 
 # ---------------------------------------------------------------- the command line
+def main_exam(args: Namespace) -> None:
+    """What a run ends with: in the embedded world the held-out exam, before and after, and the curves."""
+    for run in args.models:
+        if toy.is_toy_model(run):
+            main(["bench", f"{run}/step_000000", run])
+        main(["plot", run])
+
 def main_crossplay(args: Namespace) -> None:
     """The tables, the numbers and, beside them, the heat map."""
     results = crossplay(args)
@@ -384,7 +391,8 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "exploit": (main_exploit, "what runs trained against the first model gain, and fixed tactics",
                 "n prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
-    "plot": (main_plot, "training curves", "curves out")}
+    "plot": (main_plot, "training curves", "curves out"),
+    "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", "")}
 
 def check_output(flag: str, file: Path, endings: list[str]) -> None:
     """Refuse a name with another ending, and one that cannot become a new file. Its folder is made."""
@@ -412,7 +420,7 @@ def check_args(args: Namespace) -> None:
     if beside and args.out:
         check_output("out", Path(args.out).with_suffix(beside), [beside])
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     cli = CommandLine(description="Whether it worked.")
     commands = cli.add_subparsers(required=True)
     for name, (function, meaning, flags) in COMMANDS.items():
@@ -426,7 +434,7 @@ def main() -> None:
             shown = own_default or default
             text = f"{help} [{shown}]" if shown else help
             command.add_argument(f"--{flag}", default=shown, help=text, **kind)
-    args = cli.parse_args()
+    args = cli.parse_args(argv)
     check_args(args)
     args.function(args)
 

@@ -48,6 +48,11 @@ class Verdict:
     response_harmful: bool | None = None
     readable: bool = True
 
+    @property
+    def answered(self) -> bool | None:
+        """Not refused; None if the judge said none."""
+        return None if self.refusal is None else not self.refusal
+
 Judge = Callable[[list[Exchange]], list[Verdict]]
 
 def judge_answers(asked: list[str], answers: list[str], harmful: list[bool], judge: Judge) -> list[Verdict]:

@@ -94,10 +94,6 @@ def parse_reply(text: str, cot: bool = True) -> Reply:
     answer = after_thought(one_answer["answer"]) or "" if one_answer else ""
     return Reply(text, thought, answer, bool(thought and answer))
 
-def write_reply(thought: str, answer: str, cot: bool = True) -> str:
-    """The well-formed reply that parse_reply reads back. SFT demonstrations are made of these."""
-    return f"{thought} </think> <answer> {answer} </answer>" if cot else answer
-
 # ---------------------------------------------------------------- seeds and prompts
 @dataclass(frozen=True)
 class Seed:
@@ -136,6 +132,20 @@ def seeds_for_step(pools: Sequence[Sequence[Seed]], games: int, seed: int, step:
             order = stream("seeds", seed, epoch, i).permutation(len(pool))
             chosen += [pool[order[index]]] * repeat
     return chosen
+
+def replay(seeds: list[Seed], past: list[Seed], share: float, seed: int, step: int,
+           repeat: int = 1) -> list[Seed]:
+    """
+    This step's seeds with past attacks of the same label in the place of this share of the raw ones, in
+    expectation: a defender forgets what it no longer meets (fictitious play, Brown 1951).
+    """
+    random = stream("replay", seed, step)
+    replayed = list(seeds)
+    for i in range(0, len(seeds), repeat):
+        attacks = [attack for attack in past if attack.harmful == seeds[i].harmful]
+        if attacks and not seeds[i].revise and random.random() < share:
+            replayed[i:i + repeat] = [attacks[random.integers(len(attacks))]] * repeat
+    return replayed
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -342,7 +352,7 @@ def whiten(values: list[np.ndarray], experiences: list[Experience], floor: float
     `floor` where that is larger.
     """
     kinds = [kind(e) for e in experiences]
-    tokens: dict[object, list[float]] = {}
+    tokens = {}
     for k, value_T in zip(kinds, values, strict=True):
         tokens.setdefault(k, []).extend(value_T)
     centre = {k: np.mean(tokens_N) for k, tokens_N in tokens.items()}
@@ -399,10 +409,6 @@ def mean(values: Sequence[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return float(np.mean(numbers)) if numbers else None
 
-def answered(game: Game) -> bool | None:
-    """The defender did not refuse; None if the judge said none."""
-    return None if game.verdict.refusal is None else not game.verdict.refusal
-
 def payoff_sum(game: Game, rewards: Rewards) -> float:
     """The payoffs of both roles added up; 0 if the game is not legal or a tie."""
     paid = payoffs(game, rewards).values()
@@ -423,9 +429,9 @@ def game_metrics(games: list[Game], experiences: list[Experience],
     raw = [g for g in readable if g.seed.harmful and not g.seed.revise and not g.seed.recorded]
     return {"asr": mean([bool(g.verdict.response_harmful) for g in harmful]),
             "asr_raw": mean([bool(g.verdict.response_harmful) for g in raw]),
-            "asr_not_refused": mean([answered(g) for g in harmful]),
+            "asr_not_refused": mean([g.verdict.answered for g in harmful]),
             "over_refusal": mean([g.verdict.refusal for g in benign]),
-            "benign_answered": mean([answered(g) for g in readable if not g.seed.harmful]),
+            "benign_answered": mean([g.verdict.answered for g in readable if not g.seed.harmful]),
             "drift": mean([g.verdict.prompt_harmful != g.seed.harmful for g in readable if g.attacked]),
             "forfeit": mean([not is_legal(g) for g in attempts if g.verdict.readable]),
             "format_attacker": mean([g.attacker.reply.well_formed for g in attempts]),

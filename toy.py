@@ -33,7 +33,7 @@ from data import pack
 from judge import JUDGES, Exchange, Verdict
 from model import Transformer, new_model, newest_step, score
 from sample import open_tokenizer, stream
-from selfplay import ENGLISH, ChatFormat, Prompts, Seed, write_reply
+from selfplay import ENGLISH, ChatFormat, Prompts, Seed
 
 # ---------------------------------------------------------------- the language
 # Each word with its translation into Esperanto, without accents.
@@ -225,6 +225,10 @@ REFUSES_PLAIN = 0.95
 SEES_THROUGH = {"story": 0.05, "role": 0.1, "dream": 0.1, "code": 0.4, "foreign": 0.4, "backwards": 0.4}
 TRAIN_PAIRS = {label: [pair for pair in PAIRS if pair not in HELD_OUT and is_harmful(pair) == label]
                for label in (True, False)}
+
+def write_reply(thought: str, answer: str, cot: bool = True) -> str:
+    """The well-formed reply that parse_reply reads back. SFT demonstrations are made of these."""
+    return f"{thought} </think> <answer> {answer} </answer>" if cot else answer
 
 def demonstration(rng: np.random.Generator, chat: ChatFormat) -> tuple[list[int], list[int]]:
     """

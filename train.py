@@ -40,13 +40,13 @@ from tqdm import tqdm
 import checkpoint
 from data import pack, read_prompts, read_rows, text_of
 from judge import check_judge, open_judge
-from kernels.logprob import head_bytes
+from kernels.logprob import head_bytes, importance_weight
 from model import (Transformer, find_checkpoint, load, newest_step, open_empty, read_weights, refuse_damage,
                    run_config, save, score)
 from sample import Sample, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
-                      credit, experiences_of, game_metrics, nothing_happened, parse_reply, play, seed_pools,
-                      seeds_for_step, show_game)
+                      credit, experiences_of, game_metrics, nothing_happened, parse_reply, play, replay,
+                      seed_pools, seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
@@ -67,7 +67,9 @@ class Config:
     attacks: str = opt("", "ours", "recorded attacks, such as a games.jsonl, for --play defender")
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", REWARDS)
     credit: str = opt("centred", "ours", "what becomes of returns; the official run: reinforce++", CREDITS)
-    loss_share: str = opt("tokens", "paper", "what weighs the same", ("tokens", "roles"))
+    balance: bool = opt(False, "ours", "let both roles weigh the same in the loss, however long they talk")
+    replay: float = opt(0.0, "ours", "share of raw games that ask an attack of the run's past, not a seed")
+    replay_won: bool = opt(False, "ours", "of the past, ask only attacks that won")
     cot: bool = opt(True, "paper", "think in private before writing")
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for a supervised term")
     sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
@@ -97,8 +99,8 @@ class Config:
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
-    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 10 ** 6),
-    float: (0, 10 ** 6), "temperature": (0.01, 100)}
+    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "replay": (0, 1),
+    float: (0, 1_000_000), "temperature": (0.01, 100)}
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
@@ -165,8 +167,6 @@ def check_config(cfg: Config, world_size: int) -> None:
     checkpoint.check_folder(Path(cfg.out), cfg.resume)
 
 # ---------------------------------------------------------------- the loss
-MAX_MISMATCH = 5e-3  # nats between sampler and trainer; in bf16 a matmul changes with its batch
-
 def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, n_tokens: int,
                 clip: float) -> Tensor:
     """
@@ -186,13 +186,6 @@ def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) ->
         n_tokens[e.turn.role] += len(e.turn.ids)
     return [advantage_T * n_tokens.total() / n_tokens[e.turn.role]
             for advantage_T, e in zip(advantage, experiences, strict=True)]
-
-def importance_weight(log_ratio_BT: Tensor) -> Tensor:
-    """
-    weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
-    importance sampling, Ionides 2008); 1 where the two differ by no more than MAX_MISMATCH.
-    """
-    return log_ratio_BT.exp().clamp(max=2.0).where(log_ratio_BT.abs() > MAX_MISMATCH, 1.0)
 
 def step_size(cfg: Config, n: int) -> float:
     """Learning rate of update n: warm-up over 3 % of the run, then a cosine from the peak to 10 % of it."""
@@ -558,7 +551,6 @@ def main(argv: list[str] | None = None) -> None:
     origin = str(newest or cfg.model)
     import toy
     chat = toy.open_chat(origin, cfg.cot)
-    in_toy = chat.prompts == toy.PROMPTS
     policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
@@ -566,13 +558,13 @@ def main(argv: list[str] | None = None) -> None:
     judge = open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks), gathered)
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
-    if ranks.device.type == "cuda" and not in_toy:
+    if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
         log0(ranks, show_plan(cfg, ranks.world))
 
     # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
     on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
     policy = policy or open_sharded(str(out / "step_000000"), torch.float32, ranks)
-    reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks).requires_grad_(False)
+    reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks)
     policy.recompute = cfg.recompute
     frozen = opponent or reference
     attacker_model = frozen if cfg.play == "defender" and cfg.opponent else policy
@@ -581,6 +573,8 @@ def main(argv: list[str] | None = None) -> None:
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
+    logged = read_rows(f"{out}/games.jsonl") if first and ranks.rank == 0 else []
+    past = checkpoint.past_attacks(gather_list([row for _, row in logged], ranks), cfg.replay_won)
     skipped = 0                       # updates in a row
     dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has
 
@@ -590,6 +584,7 @@ def main(argv: list[str] | None = None) -> None:
         # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
         group = cfg.attacks_per_seed * cfg.answers_per_attack
         seeds = seeds_for_step(pools, cfg.games, cfg.seed, step, group)
+        seeds = replay(seeds, past, cfg.replay, cfg.seed, step, group)
         mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         mine = [n for n in mine if cfg.play != "attacker" or seeds[n].revise]
 
@@ -606,7 +601,7 @@ def main(argv: list[str] | None = None) -> None:
         experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks)
         advantage, credit_metrics = credit(experiences, reference_logprob, cfg.kl, CREDITS[cfg.credit])
-        if cfg.loss_share == "roles":
+        if cfg.balance:
             advantage = balance_roles(advantage, experiences)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
@@ -634,6 +629,7 @@ def main(argv: list[str] | None = None) -> None:
         log0(ranks, step_line(step + 1, cfg.steps, metrics, warning))
         records = [checkpoint.game_record(game, step + 1) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
+        past += checkpoint.past_attacks(records, cfg.replay_won)
         if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
             shown = [game for game in games if game.attacker][:2] or games[:2]
             log0(ranks, "\n" + "\n\n".join(show_game(g, REWARDS[cfg.reward]) for g in shown) + "\n")
@@ -656,11 +652,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.on_stop_signals(signal.SIG_DFL)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if ranks.rank == 0 and cfg.exam and not signals:  # the held-out exam, before and after, and the curves
-        evaluate = [sys.executable, Path(__file__).parent / "eval.py"]
-        if in_toy:
-            subprocess.run([*evaluate, "bench", out / "step_000000", out], check=True)
-        subprocess.run([*evaluate, "plot", out], check=True)
+    if ranks.rank == 0 and cfg.exam and not signals:  # in the embedded world the exam, and the curves
+        subprocess.run([sys.executable, Path(__file__).parent / "eval.py", "exam", out], check=True)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a step to finish, Ctrl-C ends at once

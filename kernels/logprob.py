@@ -24,11 +24,19 @@ from torch import Tensor
 
 PIECE = {"cpu": 2**20, "cuda": 2**27}   # logits, or gradients of logits, of one piece
 MIN_SIDE = 256                          # fewest rows or columns of a piece: thin matmuls are slow
+MAX_MISMATCH = 5e-3                     # nats; in bf16 a matmul changes with its batch
 
 # ---------------------------------------------------------------- the formula
 def log_policy(logits: Tensor, temperature: float) -> Tensor:
     """The policy, [..., V] to fp32 [..., V]: sampling draws from it. token_logprob is the same, in pieces."""
     return F.log_softmax(logits.float() / temperature, dim=-1)
+
+def importance_weight(log_ratio_BT: Tensor) -> Tensor:
+    """
+    weight_BT from the trainer's minus the sampler's log-probability: e^log_ratio, at most 2 (truncated
+    importance sampling, Ionides 2008); 1 where the two differ by no more than MAX_MISMATCH.
+    """
+    return log_ratio_BT.exp().clamp(max=2.0).where(log_ratio_BT.abs() > MAX_MISMATCH, 1.0)
 
 # ---------------------------------------------------------------- the same in pieces, on a CPU
 def statistics(
