@@ -68,11 +68,24 @@ def test_the_bootstrap_equals_all_samples_counted_one_by_one():
 
 
 def test_a_difference_is_paired_and_leaves_out_what_is_missing():
+    """Values with a deviation of 1, shifted by 1 or by 1.001: only what the shifts differ by is a spread."""
     noise = list(np.random.default_rng(0).normal(size=50))
-    shifted = difference([x + 1 for x in noise] + [math.nan], noise + [3.0])
-    errors = [abs(shifted[end] - 1) for end in ("value", "low", "high")]
-    measured("a shift by 1 has no spread", max(errors), 1e-12)
+    shifted = difference([x + 1 + 1e-3 * (i % 2) for i, x in enumerate(noise)] + [math.nan], noise + [3.0])
+    errors = [abs(shifted[end] - 1.0005) for end in ("value", "low", "high")]
+    measured("a shift and the ends of its interval", max(errors), 2e-4)
     assert shifted["n"] == 50
+
+
+def test_the_interval_of_equal_values_has_the_width_that_their_number_allows():
+    """Among n more, something else, 1 away, may be as frequent as it may be if n tries saw none (Wilson)."""
+    widths = {}
+    for n in (1, 4, 32, 256):
+        equal = average([0.25] * n)
+        widths[n] = equal["high"] - equal["low"]
+        z2 = 1.959963984540054 ** 2   # Wilson's upper end for 0 of n is z^2 / (n + z^2)
+        measured(f"{n} equal values: width {widths[n]:.3f}", abs(widths[n] - 2 * z2 / (n + z2)), 1e-12)
+        measured("centre", abs((equal["high"] + equal["low"]) / 2 - 0.25), 1e-12)
+    assert sorted(widths.values(), reverse=True) == list(widths.values())
 
 
 # ---------------------------------------------------------------- the equilibrium

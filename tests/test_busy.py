@@ -19,7 +19,9 @@ from conftest import measured
 from launch import WITHOUT_GPUS
 
 ROOT = Path(__file__).parent.parent
-TRAIN = [sys.executable, ROOT / "train.py", "--steps", "100000", "--games", "16", "--sft-steps", "40"]
+# After so short an SFT no attack keeps its intent; by the toy judge none is legal, and the run would stop.
+TRAIN = [sys.executable, ROOT / "train.py", "--steps", "100000", "--games", "16", "--sft-steps", "40",
+         "--judge", "keywords"]
 MATMULS = """
 import torch
 a = torch.randn(1024, 1024)

@@ -174,7 +174,7 @@ def change(tmp_path, sft_run):
 
 TITLES = ("what the roles are told", "the payoffs", "a payoff that depends on the attack's text",
           "the judge: a Python function", "the judge: a model", "the seeds of a step, their shares and pairs",
-          "two attacks per seed, leave-one-out baseline", "the credit of a token", "the loss",
+          "another credit function", "the credit of a token", "the loss",
           "a metric of each step", "a rate of finished models", "the tactics of the embedded world")
 
 
@@ -239,7 +239,8 @@ def test_a_payoff_can_depend_on_the_attack(change):
         if paid[ATTACKER] is not None:
             paid[ATTACKER] -= 0.01 * len(game.asked.split())   # a word costs 0.01
 """))
-    train(project, "--judge", "keywords")   # any attack that is passed on is legal to this judge
+    # any attack that is passed on is legal to this judge; few are, after so short an SFT
+    train(project, "--judge", "keywords", "--games", "32")
     words = Counter({1: 0, 2: 0})
     for game in games(project / "it"):
         words[game["step"]] += len(game["attack"].split()) if game["legal"] else 0
@@ -284,10 +285,10 @@ def test_a_format_of_judge_models_can_be_added(change, judge_stand_in):
 
 # ---------------------------------------------------------------- the seeds of a step
 
-SHARES = ("selfplay.py", "    share = games // len(pools)\n",
+SHARES = ("selfplay.py", "    share = games // (len(pools) * repeat)\n",
           "    pools = [pools[n] for n in (0, 0, 0, 2)]   # all for the attacker, three in four harmful\n"
-          "    share = games // len(pools)\n")
-PAIRS = ("selfplay.py", "default_rng((seed, epoch, i))", "default_rng((seed, epoch, i // 2))")
+          "    share = games // (len(pools) * repeat)\n")
+PAIRS = ("selfplay.py", 'stream("seeds", seed, epoch, i)', 'stream("seeds", seed, epoch, i // 2)')
 
 
 def test_the_shares_of_the_kinds_of_seeds_can_be_changed(change):
@@ -308,33 +309,10 @@ def test_seeds_can_be_paired(change, unchanged):
             assert (attacked["seed"] == raw["seed"]) == paired, "each seed is asked both attacked and raw"
 
 
-def test_each_seed_can_be_attacked_twice_with_a_leave_one_out_baseline(change, unchanged):
-    project = change(
-        "two attacks per seed, leave-one-out baseline",
-        ("selfplay.py", "share = games // len(pools)", "share = games // (2 * len(pools))   # in twos"),
-        ("selfplay.py", "chosen.append(pool[order[index]])", "chosen += [pool[order[index]]] * 2"),
-        ("selfplay.py", "    gains, log_ratios = [], []\n", """    gains, log_ratios = [], []
-    reward = {(e.turn.role, e.game): e.payoff + e.shaping for e in experiences}
-"""),
-        ("selfplay.py", "        gains.append(returns(e.payoff + e.shaping, logprob_T, reference_T, beta))\n",
-         """        own = reward[e.turn.role, e.game]
-        other = reward.get((e.turn.role, e.game ^ 1), own)   # games 2k and 2k + 1 have one seed
-        gains.append(returns(own - other, logprob_T, reference_T, beta))
-"""),
-        ("selfplay.py", "return whiten(gains, [e.turn.role for e in experiences]), mean(log_ratios)",
-         "return gains, mean(log_ratios)"))
-    train(project)
-    played = games(project / "it")
-    twice = list(zip(played[::2], played[1::2], strict=True))
-    assert all(first["seed"] == second["seed"] for first, second in twice)
-    assert any(first["attacker_reply"] != second["attacker_reply"] for first, second in twice)
-    assert largest_loss(unchanged) < 1e-6 and largest_loss(project) > 1e-2
-
-
 # ---------------------------------------------------------------- credit and loss
 
 def largest_loss(project: Path) -> float:
-    """The largest part of the loss in a run. With whitened advantages it is 0, but for rounding errors."""
+    """The largest part of the loss in a run. With centred advantages it is 0, but for rounding errors."""
     return max(abs(step[key]) for step in metrics(project / "it")
                for key in ("loss_attacker", "loss_defender"))
 
@@ -344,19 +322,64 @@ def gradient_norm(project: Path) -> float:
     return metrics(project / "it")[0]["grad_norm"]
 
 
-def test_advantages_need_not_be_whitened(change, unchanged):
-    project = change("the credit of a token", (
-        "selfplay.py", "return whiten(gains, [e.turn.role for e in experiences]), mean(log_ratios)",
-        "return gains, mean(log_ratios)"))
-    train(project)
+GRPO = ("selfplay.py", """CREDITS = {
+""", """CREDITS = {
+    "grpo": partial(whiten, floor=1e-4, kind=lambda e: (e.turn.role, *e.turn.prompt_ids)),
+""")
+BEST = ("selfplay.py", """CREDITS = {
+""", '''def best_of_group(values: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
+    """Learn from the best turn of each prompt alone."""
+    advantages = [np.zeros_like(value_T) for value_T in values]
+    for group in groups_of(experiences):
+        best = max(group, key=lambda n: experiences[n].payoff)
+        advantages[best] = np.ones_like(values[best])
+    return advantages
+
+
+CREDITS = {
+    "best": best_of_group,
+''')
+TWICE = ["--attacks-per-seed", "2"]
+
+
+def test_a_credit_can_be_added_as_a_row_of_what_is_there(change):
+    """GRPO (Shao et al., arXiv 2402.03300): centred and divided within each group of turns of one prompt."""
+    project = change("another credit function", GRPO)
+    train(project, *TWICE, "--credit", "grpo")
+    grpo = gradient_norm(project)
+    assert largest_loss(project) < 1e-6, "every group has the mean 0"
+    played = games(project / "it")
+    twice = list(zip(played[::2], played[1::2], strict=True))
+    assert all(first["seed"] == second["seed"] for first, second in twice)
+    assert any(first["attacker_reply"] != second["attacker_reply"] for first, second in twice)
+    train(project, *TWICE, "--credit", "group", "--out", "group")
+    group = metrics(project / "group")[0]["grad_norm"]
+    print(f"\n    gradient norm {grpo:.3f}; not divided, of the payoffs' scale: {group:.3f}", end="")
+    assert not np.isclose(grpo, group, rtol=1e-2)
+
+
+def test_a_credit_can_be_added_as_a_function(change):
+    """Advantages of 1 and 0: the loss is minus the share of tokens that belong to the best turns."""
+    project = change("another credit function", BEST)
+    train(project, *TWICE, "--credit", "best")
+    shares = [-step["loss_attacker"] - step["loss_defender"] for step in metrics(project / "it")]
+    print(f"\n    shares of tokens in the best turn of their prompt: {shares}", end="")
+    assert all(0.3 < share < 1 for share in shares)
+
+
+def test_advantages_need_not_be_centred(change, unchanged):
+    project = change("the credit of a token", ("selfplay.py", """CREDITS = {
+""", """CREDITS = {
+    "returns": lambda values, experiences: values,
+"""))
+    train(project, "--credit", "returns")
     assert largest_loss(unchanged) < 1e-6 and largest_loss(project) > 1e-2
 
 
-def test_whitening_can_have_another_floor(change, unchanged):
-    project = change("the credit of a token",
-                     ("selfplay.py", "max(tokens_N.std(), 1e-4)", "max(tokens_N.std(), 2.0)"))
+def test_the_deviation_can_have_another_floor(change, unchanged):
+    project = change("the credit of a token", ("selfplay.py", "floor=2.0", "floor=20.0"))
     train(project)
-    assert gradient_norm(project) < 0.9 * gradient_norm(unchanged), "payoffs that differ little teach less"
+    assert gradient_norm(project) < 0.3 * gradient_norm(unchanged), "payoffs that differ little teach less"
 
 
 def test_returns_can_be_discounted(change, unchanged):
@@ -366,7 +389,7 @@ def test_returns_can_be_discounted(change, unchanged):
     return 0.9 ** following_T * reward_T[::-1].cumsum()[::-1]"""))
     train(project)
     assert not np.isclose(gradient_norm(project), gradient_norm(unchanged), rtol=1e-2)
-    assert largest_loss(project) < 1e-6, "they are whitened as before"
+    assert largest_loss(project) < 1e-6, "they are centred as before"
 
 
 def test_the_loss_can_be_plain_reinforce(change, unchanged):

@@ -104,8 +104,9 @@ def test_transcripts_are_written_chunk_by_chunk_and_an_interrupted_benchmark_lea
     assert [json.loads(line) for line in open(tmp_path / "whole.jsonl")] == lines
     assert [(line["prompt"], line["harmful"]) for line in lines] == ROWS
     assert len(judged) == 2 + math.ceil(len(ROWS) / CHUNK)
-    # an empty answer is a refusal, which no judge is asked about
-    assert sum(judged[2:], []) == [text for text, _ in ROWS if int(text.split()[1]) % 2]
+    # an empty answer is a refusal; the judge is asked about its prompt all the same
+    assert sum(judged[2:], []) == [text for text, _ in ROWS]
+    assert all(line["verdict"]["refusal"] == (not line["response"]) for line in lines)
     # without a file all prompts are asked at once, with the same answers
     assert bench_prompts(model, "counting", ROWS, 16) == lines
     assert len(judged) == 2 + math.ceil(len(ROWS) / CHUNK) + 1
@@ -355,7 +356,7 @@ def write_runs(folder, asr=(0.5, 0.7, None)):
         lines = []
         for step in range(1, 13 - number):
             lines.append({"step": step, "asr": value, "over_refusal": 0.1, "benign_answered": 0.9,
-                          "kl": 0.01 * step, "words": 7})
+                          "kl": 0.01 * step, "words": 7, "asr_raw": 0.2})
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         runs.append(str(run))
     return runs
@@ -388,6 +389,16 @@ def test_curves_show_every_run_thin_and_the_mean_of_each_kind_thick(tmp_path, mo
     # the second seed has one step less: from there on the mean is that of the first
     assert lines[2].get_ydata()[-1] == pytest.approx(0.5)
     assert len(lines[2].get_ydata()) == 13
+    # the defender has no attacks: its curve is that of raw requests
+    assert step_5[3:] == pytest.approx([0.2, 0.2])
+
+
+def test_the_attack_success_of_a_step_without_attacks_is_that_of_raw_requests():
+    assert eval.logged({"asr": 0.0, "asr_raw": 0.5}, "asr") == 0.0, "attacks, of which none won"
+    assert eval.logged({"asr": None, "asr_raw": 0.5}, "asr") == 0.5
+    assert eval.logged({"asr": None, "asr_raw": None}, "asr") is None
+    assert eval.logged({"asr": None}, "asr") is None, "a log of an earlier version"
+    assert eval.logged({"over_refusal": None, "asr_raw": 0.5}, "over_refusal") is None
 
 
 def test_a_row_more_in_curves_is_a_panel_more(tmp_path, monkeypatch):

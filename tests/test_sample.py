@@ -34,6 +34,7 @@ from sample import (
     plain_ids,
     sample,
     stop_ids,
+    stream,
     template_prefix,
     uniforms,
 )
@@ -355,7 +356,7 @@ def test_rows_never_leave_their_slots_or_their_uniform_numbers(stops, tiny, monk
     prompts = ragged_prompts(40)
     sample(tiny, prompts, uniforms(1, 2, range(40), 0, 12), stops, max_rows=9)
     slots = max(map(len, prompts)) + 12
-    assert len(steps) >= 12
+    assert len(steps) >= 40 / 9, "each row is used several times"
     for length, uniform_index in steps:
         assert length < slots and uniform_index < 40 * 12
 
@@ -482,6 +483,21 @@ def test_frequencies_match_the_policy():
 def test_a_token_without_probability_is_never_drawn():
     logp_BV = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     assert draw(logp_BV, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 1, 1]
+
+
+def test_streams_of_different_names_or_numbers_differ_also_where_numpy_takes_them_for_one():
+    """NumPy pads with zeros what a generator is made from: (0, 5), (0, 5, 0) and (0, 5, 0, 0) are one."""
+    assert np.random.default_rng((0, 5)).random() == np.random.default_rng((0, 5, 0)).random()
+    names = ["draw", "seeds", "pairs", "shares", "demonstrations"]
+    drawn = {}
+    for name in names:
+        for numbers in [(0, 5), (5, 0), (0,), (1, 0), (0, 1)]:
+            drawn[name, numbers] = stream(name, *numbers).random(4).tolist()
+            assert stream(name, *numbers).random(4).tolist() == drawn[name, numbers]
+    assert len(set(map(tuple, drawn.values()))) == len(drawn)
+    # different uses give different counts of numbers, of which the last may be 0
+    uses = {"draw": (0, 5, 0, 0), "seeds": (0, 5, 0), "pairs": (0, 5), "shares": (0, 5)}
+    assert len({stream(name, *numbers).random() for name, numbers in uses.items()}) == 4
 
 
 def test_the_largest_uniform_number_draws_the_last_token_that_has_a_probability():

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import checkpoint
+import sample as sampling
 import train
 from conftest import byte_tokenizer, measured
+from data import pack
+from judge import keywords
 from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics, run, succeeds,
                     weights)
 from model import Cache, load, new_model, save, score
 from sample import open_tokenizer, sample, uniforms
-from data import pack
-from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Turn
+from selfplay import ATTACKER, DEFENDER, ENGLISH, ChatFormat, Experience, Reply, Seed, Turn, play
 from train import Config, Ranks, micro_batches, policy_loss, step_line, step_size
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +96,7 @@ def some_experiences(model, n=10):
     experiences = []
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         turn = make_turn(ATTACKER if i % 3 else DEFENDER, prompt, reply)
-        experiences.append(Experience(i, turn, payoff=1.0, shaping=1.0))
+        experiences.append(Experience(i, turn, payoff=1.0, shaping=1.0, harmful=True))
     return experiences, [rng.normal(size=len(e.turn.ids)) for e in experiences]
 
 
@@ -176,6 +179,48 @@ def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
     assert sums[-1]["grad_norm"] > 0
 
 
+def gradients_of_each_role(model, experiences, advantage, loss_share):
+    """
+    The gradients of an update in which the other role's advantages are 0, attacker first. No gradient is so
+    large that it is clipped.
+    """
+    parts = []
+    for role in (ATTACKER, DEFENDER):
+        own = [1e-3 * a_T * (e.turn.role == role) for e, a_T in zip(experiences, advantage, strict=True)]
+        parts.append(gradients(model, experiences, own, loss_share=loss_share)[0])
+    return parts
+
+
+@pytest.mark.parametrize("loss_share", train.LOSS_SHARES)
+def test_how_long_the_other_role_talks_changes_a_role_s_gradient_unless_both_roles_weigh_the_same(
+        loss_share, tiny):
+    """The step once more, but with every answer of the defender four times as often, as if it talked more."""
+    experiences, advantage = some_experiences(tiny)
+    answers = [(e, a_T) for e, a_T in zip(experiences, advantage, strict=True) if e.turn.role == DEFENDER]
+    more = experiences + 3 * [e for e, _ in answers], advantage + 3 * [a_T for _, a_T in answers]
+    n_own, n_other = (sum(len(e.turn.ids) for e in experiences if e.turn.role == role)
+                      for role in (ATTACKER, DEFENDER))
+    before = gradients_of_each_role(tiny, experiences, advantage, loss_share)
+    after = gradients_of_each_role(tiny, *more, loss_share)
+    shrinks = 1.0 if loss_share == "roles" else (n_own + n_other) / (n_own + 4 * n_other)
+    largest_of = max(g.abs().max() for g in before[0])
+    error = largest(after[0], [shrinks * g for g in before[0]]) / largest_of
+    measured(f"attacker's gradient, {shrinks:.2f} times what it was; relative error", error, 1e-4)
+    grows = 1.0 if loss_share == "roles" else 4 * shrinks
+    error = largest(after[1], [grows * g for g in before[1]]) / max(g.abs().max() for g in before[1])
+    measured(f"defender's gradient, {grows:.2f} times what it was; relative error", error, 1e-4)
+
+
+def test_the_loss_of_a_role_that_is_absent_is_0_whatever_the_shares(tiny):
+    experiences, advantage = some_experiences(tiny)
+    numbers = [n for n, e in enumerate(experiences) if e.turn.role == DEFENDER]
+    alone = [experiences[n] for n in numbers], [advantage[n] for n in numbers]
+    by_tokens, sums = gradients(tiny, *alone, loss_share="tokens")
+    by_roles, _ = gradients(tiny, *alone, loss_share="roles")
+    assert sum(part.get("loss_attacker", 0) for part in sums) == 0
+    measured("gradient, by tokens against by roles", largest(by_tokens, by_roles), 0.0)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_row_is_on_exactly_one_rank_and_all_ranks_make_equally_many_passes(world):
     for n in range(0, 12):
@@ -242,7 +287,7 @@ def train_on_random_roles(config, file, rank):
         replies = dict(train.gather_list(list(zip(mine, replies, strict=True)), ranks))
         roles = [ATTACKER if rng.random() < step / 100 else DEFENDER for _ in range(n)]
         turns = [make_turn(roles[i], prompts[i], replies[i]) for i in range(n)]
-        experiences = [Experience(i, turn, payoff=1.0, shaping=1.0) for i, turn in enumerate(turns)]
+        experiences = [Experience(i, turn, 1.0, shaping=1.0, harmful=True) for i, turn in enumerate(turns)]
         old = train.rescore(policy, experiences, cfg, ranks)
         advantage = [rng.normal(size=len(turn.ids)) for turn in turns]
         train.update(policy, optimizer, experiences, old, advantage, [], cfg, ranks)
@@ -283,6 +328,9 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
     (["--play", "attacker"], lambda line: line["reward_defender"] is None),
     (["--play", "defender"], lambda line: line["reward_attacker"] is None),
     (["--updates", "3"], lambda line: line["ratio_max"] > 1),
+    (["--loss-share", "roles"], lambda line: line["grad_norm"] > 0),
+    # whitened over all tokens of a role, the parts of the loss are 0
+    (["--credit", "reinforce++"], lambda line: abs(line["loss_attacker"] + line["loss_defender"]) < 1e-5),
     # a judge of another world: it takes the seed's label for the attack's
     (["--judge", "keywords"], lambda line: line["drift"] in (None, 0.0)),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -306,6 +354,92 @@ def test_recorded_attacks_replace_the_attacker(runs):
     played = games(runs / "pool")
     assert sum(game["seed"] in recorded for game in played) >= 6
     assert not any(game["attack"] for game in played)
+
+
+# ---------------------------------------------------------------- groups
+
+GROUPED = ["--games", "16", "--credit", "group", "--steps", "2"]
+GROUPS = {"2 attacks": ["--attacks-per-seed", "2"], "2 answers": ["--answers-per-attack", "2"],
+          "2 attacks with 2 answers": ["--attacks-per-seed", "2", "--answers-per-attack", "2"]}
+
+
+@pytest.fixture(scope="module", params=GROUPS.values(), ids=GROUPS.keys())
+def grouped(request, runs):
+    """A run with groups: its flags, its folder, and how many games share a seed, and how many an attack."""
+    out = runs / "-".join(["group", *(flag.strip("-") for flag in request.param)])
+    succeeds(*SMALL, *GROUPED, *request.param, "--out", out)
+    config = json.loads((out / "config.json").read_text())
+    n_answers = config["answers_per_attack"]
+    return request.param, out, config["attacks_per_seed"] * n_answers, n_answers
+
+
+def chunks(values, size):
+    return [values[i:i + size] for i in range(0, len(values), size)]
+
+
+def test_a_step_has_as_many_games_whatever_its_groups_are(grouped):
+    """Each kind of seed has its quarter of them; games on one seed are neighbours."""
+    _, out, per_seed, _ = grouped
+    played = games(out)
+    assert [game["game"] for game in played] == [*range(16)] * 2
+    for group in chunks(played, per_seed):
+        kinds = {(game["seed"], game["harmful"], game["attacker_reply"] is None) for game in group}
+        assert len(kinds) == 1, kinds
+    for step in chunks(played, 16):
+        kinds = Counter((game["harmful"], game["attacker_reply"] is None) for game in step)
+        assert len(kinds) == 4 and set(kinds.values()) == {4}
+
+
+def test_attacks_on_one_seed_differ_and_the_answers_to_one_attack_have_that_attack(grouped):
+    _, out, per_seed, per_attack = grouped
+    answers_differ = []
+    attacks_differ = []
+    for group in chunks(games(out), per_seed):
+        if group[0]["attacker_reply"] is None:
+            continue
+        attacks = [{game["attacker_reply"] for game in same} for same in chunks(group, per_attack)]
+        assert all(len(replies) == 1 for replies in attacks), "one attack, asked several times"
+        attacks_differ.append(len(set.union(*attacks)) > 1)
+        answers_differ += [len({game["defender_reply"] for game in same}) > 1
+                           for same in chunks(group, per_attack)]
+    assert any(attacks_differ) == (per_seed > per_attack)
+    assert any(answers_differ) == (per_attack > 1)
+
+
+def test_two_processes_play_the_grouped_games_of_one_and_end_with_its_weights(grouped, runs):
+    flags, out, _, _ = grouped
+    two = runs / f"{out.name}-two"
+    succeeds(*SMALL, *GROUPED, *flags, "--out", two, ranks=2)
+    assert games(out) == games(two)
+    measured("weights, 2 processes against 1", largest_difference(weights(out), weights(two)), 1e-5)
+    keys = ["equal_groups", *(f"{part}_deviation_{role}" for part in ("payoff", "kl")
+                              for role in (ATTACKER, DEFENDER))]
+    for line_of_one, line_of_two in zip(metrics(out), metrics(two), strict=True):
+        for key in keys:
+            assert line_of_one[key] == pytest.approx(line_of_two[key], abs=1e-6), key
+    shares = [line["equal_groups"] for line in metrics(out)]
+    print(f"\n    groups of equal payoffs, by step: {shares}", end="")
+
+
+def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
+    """Two seeds, two attacks on each, two answers to each attack."""
+    prefilled, prefill = Counter(), sampling.prefill
+
+    def counted(model, prompts, prefix):
+        prefilled.update(prompts)   # without their last tokens, which the first decode step runs
+        return prefill(model, prompts, prefix)
+    monkeypatch.setattr(sampling, "prefill", counted)
+    cfg = Config(max_new_tokens=6)
+    players = [train.make_player(tiny, role, chat, cfg, 0, ONE_PROCESS) for role in (ATTACKER, DEFENDER)]
+    texts = ["how do i kill the weed"] * 4 + ["how do i rob the bank"] * 4
+    seeds = [Seed(text, harmful=True, revise=True) for text in texts]
+    played = play(seeds, list(range(8)), chat, *players, keywords, answers_per_attack=2)
+    attacks = {id(game.attacker): game.attacker for game in played}.values()
+    turns = [*attacks, *(game.defender for game in played)]
+    prompts = {tuple(turn.prompt_ids[:-1]) for turn in turns}
+    print(f"\n    {len(turns)} turns of {len(prompts)} prompts", end="")
+    assert len(turns) == 4 + 8 and len({tuple(turn.prompt_ids) for turn in attacks}) == 2
+    assert prefilled == dict.fromkeys(prompts, 1)
 
 
 # ---------------------------------------------------------------- what a run shows and leaves
@@ -366,10 +500,12 @@ def test_two_processes_end_with_the_weights_metrics_and_games_of_one(runs):
 @pytest.mark.parametrize("play", ["attacker", "defender"])
 def test_four_processes_of_which_some_have_no_game_or_no_attacker_end_with_the_weights_of_one(play, runs):
     """
-    Four games on four ranks: two are raw seeds, for which attacker-only play has no use. Without a KL term:
-    where all payoffs are equal, it is mere rounding, and AdamW would make it as large as any gradient.
+    Four games on four ranks: two are raw seeds, for which attacker-only play has no use. With the official
+    credit, because each attack is the only one of its label. Without a KL term: where all payoffs are equal,
+    it is mere rounding, and AdamW would make it as large as any gradient.
     """
-    flags = [*SMALL, "--games", "4", "--steps", "4", "--kl", "0", "--play", play]
+    flags = [*SMALL, "--games", "4", "--steps", "4", "--seed", "2", "--credit", "reinforce++", "--kl", "0",
+             "--play", play]
     one, four = runs / f"{play}1", runs / f"{play}4"
     succeeds(*flags, "--out", one, ranks=1)
     succeeds(*flags, "--out", four, ranks=4)
@@ -649,7 +785,7 @@ def largest_memory_of_updates(model_config, cfg, ranks):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
     n = cfg.micro_tokens // 4 - 8   # two micro-batches of four rows: 8 tokens of prompt, n of reply
     turn = Turn(ATTACKER, [1] * 8, [2] * n, [-1.0] * n, Reply("", "", "x", True))
-    experiences = [Experience(i, turn, payoff=1.0, shaping=1.0) for i in range(8)]
+    experiences = [Experience(i, turn, payoff=1.0, shaping=1.0, harmful=True) for i in range(8)]
     for _ in range(2):   # AdamW has its moments from the first update on
         Path("/proc/self/clear_refs").write_text("5")   # forget the peak so far
         old = train.rescore(reference, experiences, cfg, ranks)
@@ -711,6 +847,11 @@ MISTAKES = [   # arguments, words of the sentence
     ("--games 99999999999", "from 1 to 2147483647"),
     ("--seeds harmful={bad}/prompts.jsonl", "--seeds: who judges the answers?"),
     ("--games 6", "multiple of 4"),
+    ("--games 12 --attacks-per-seed 2", "multiple of 8, 4 types of seeds x 2 games"),
+    ("--games 24 --attacks-per-seed 2 --answers-per-attack 2", "multiple of 16, 4 types of seeds x 4"),
+    ("--credit group", "add --attacks-per-seed or --answers-per-attack"),
+    ("--credit mine", "--credit"),
+    ("--loss-share halves", "--loss-share"),
     ("--judge toy --seeds harmful={bad}/none.jsonl", "No such file"),
     ("--judge toy --seeds harmful={bad}/empty.jsonl", "holds no prompts"),
     ("--judge toy --seeds harmful={bad}/torn.jsonl", "torn.jsonl, line 2"),
@@ -747,7 +888,11 @@ def test_bad_input_gets_one_sentence_and_exit_status_2_before_any_work(args, wor
 
 def test_games_that_cannot_be_divided_among_the_ranks_are_refused(bad):
     done = run("--games", "4", "--out", bad / "new", ranks=3)
-    assert done.returncode != 0 and "and of 3 ranks" in done.stderr
+    assert done.returncode != 0 and "and of 3, so that ranks share no attack" in done.stderr
+    assert not (bad / "new").exists()
+    shared = ["--games", "16", "--answers-per-attack", "4", "--credit", "group", "--out", bad / "new"]
+    done = run(*shared, ranks=3)   # 4 x 4 x 1 games, but a rank would answer a third of an attack
+    assert done.returncode != 0 and "and of 12, so that ranks share no attack" in done.stderr
     assert not (bad / "new").exists()
 
 

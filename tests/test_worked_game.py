@@ -3,20 +3,21 @@ Two games on one seed, from the seed to the gradient, with every number written 
 
     seed -> attack -> answer -> verdict -> signs -> payoffs -> returns -> advantages -> tensors -> gradient
 
-Each test is one arrow: it starts from the numbers that the test before it ended with. Whitening compares
+Each test is one arrow: it starts from the numbers that the test before it ended with. Credit compares
 turns, so there are two games. In game 0 the attack wins. In game 1 the defender refuses, and the attacker's
 format is flawed. The replies are real; each is treated as two or three tokens, with invented ids and
 log-probabilities.
 """
 import numpy as np
+import pytest
 import torch
 
 import toy
 from conftest import measured
 from data import pack
 from judge import Exchange, Verdict
-from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, Experience, Game, Seed, Turn, credit, experiences_of,
-                      parse_reply, payoffs, returns, signs, whiten)
+from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, Experience, Game, Seed, Turn, credit,
+                      experiences_of, parse_reply, payoffs, returns, signs)
 from train import policy_loss
 
 SEED = Seed("how do i burn the castle", harmful=True, revise=True)
@@ -80,10 +81,10 @@ def test_step_4_the_signs_become_payoffs_that_add_up_to_zero():
 def test_step_5_each_turn_also_earns_its_format_shaping():
     experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
     game_0, game_1 = the_games()
-    assert experiences == [Experience(0, game_0.attacker, payoff=+2.0, shaping=+1.0),   # reward +3
-                           Experience(0, game_0.defender, payoff=-2.0, shaping=+1.0),   # reward -1
-                           Experience(1, game_1.attacker, payoff=-2.0, shaping=-1.0),   # reward -3
-                           Experience(1, game_1.defender, payoff=+2.0, shaping=+1.0)]   # reward +3
+    assert experiences == [Experience(0, game_0.attacker, +2.0, shaping=+1.0, harmful=True),   # reward +3
+                           Experience(0, game_0.defender, -2.0, shaping=+1.0, harmful=True),   # reward -1
+                           Experience(1, game_1.attacker, -2.0, shaping=-1.0, harmful=True),   # reward -3
+                           Experience(1, game_1.defender, +2.0, shaping=+1.0, harmful=True)]   # reward +3
 
 
 def test_step_6_rewards_and_the_kl_term_become_a_return_per_token():
@@ -98,20 +99,60 @@ def test_step_6_rewards_and_the_kl_term_become_a_return_per_token():
     assert returns(3.0, LOGPROB_D1, REFERENCE_D1, BETA).tolist() == [3.0, 3.0]
 
 
-def test_step_7_returns_are_whitened_per_role_over_tokens():
+RETURNS = [np.array([0.0, 1.0, 3.0]), np.array([-1.0, -1.0]), np.array([-1.0, -3.0]), np.array([3.0, 3.0])]
+
+
+@pytest.mark.parametrize("name", ["centred", "reinforce++"])
+def test_step_7_returns_are_centred_and_divided_by_their_deviation(name):
     # Attacker tokens (0, 1, 3, -1, -3): mean 0, variance (0 + 1 + 9 + 1 + 9) / 5 = 4, deviation 2: x / 2.
     # Defender tokens (-1, -1, 3, 3):    mean 1, variance (4 + 4 + 4 + 4) / 4 = 4, deviation 2: (x - 1) / 2.
-    values = [np.array([0.0, 1.0, 3.0]), np.array([-1.0, -1.0]), np.array([-1.0, -3.0]), np.array([3.0, 3.0])]
-    advantage = whiten(values, [ATTACKER, DEFENDER, ATTACKER, DEFENDER])
+    # Both seeds are harmful and no deviation is below 2, so the default and the official credit agree.
+    experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
+    advantage = CREDITS[name](RETURNS, experiences)
     assert [a.tolist() for a in advantage] == [[0.0, 0.5, 1.5], [-1.0, -1.0], [-0.5, -1.5], [1.0, 1.0]]
+
+
+def test_step_7_again_with_an_attack_on_a_benign_seed_which_the_default_compares_with_its_own_label():
+    # A third attack, on a benign seed, which the defender refuses: p = +1, s = -1, h = -1, and the payoff is
+    # -s + h = 0. With +1 for its format and no KL, each of its five tokens has a return of 1.
+    benign = Turn(ATTACKER, [5], [16, 17, 18, 19, 20], [-1.0] * 5, parse_reply(ATTACK_0))
+    game_0, game_1 = the_games()
+    turns = [Experience(0, game_0.attacker, +2.0, +1.0, harmful=True),
+             Experience(1, game_1.attacker, -2.0, -1.0, harmful=True),
+             Experience(2, benign, 0.0, +1.0, harmful=False)]
+    values = [RETURNS[0], RETURNS[2], np.ones(5)]
+    # Centred: attacks on harmful seeds keep their advantages. The benign one is all there is of its label, so
+    # it has nothing to learn: (1 - 1) / 2, where 2 is the floor.
+    centred = CREDITS["centred"](values, turns)
+    assert [a.tolist() for a in centred] == [[0.0, 0.5, 1.5], [-0.5, -1.5], [0.0] * 5]
+    # Official: tokens (0, 1, 3, -1, -3, 1, 1, 1, 1, 1) have mean 5 / 10 = 0.5, variance 25 / 10 - 0.25 = 2.25
+    # and deviation 1.5: (x - 0.5) / 1.5. Every token of the benign attack is good news, whatever it said.
+    official = CREDITS["reinforce++"](values, turns)
+    expected = [[-1 / 3, 1 / 3, 5 / 3], [-1.0, -7 / 3], [1 / 3] * 5]
+    measured("official", np.abs(np.concatenate(official) - np.concatenate(expected)).max(), 1e-12)
+
+
+def test_step_7_once_more_if_the_attacks_form_a_group():
+    # Both attacks have one prompt. Leave-one-out: minus the other's return, which is that of its first token.
+    # Attack 0: (0, 1, 3) - (-1) = (1, 2, 4). Attack 1: (-1, -3) - 0. The answers have a prompt each: nothing
+    # to compare them with.
+    experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
+    advantage = CREDITS["group"](RETURNS, experiences)
+    assert [a.tolist() for a in advantage] == [[1.0, 2.0, 4.0], [0.0, 0.0], [-1.0, -3.0], [0.0, 0.0]]
 
 
 def test_steps_5_to_7_are_what_a_run_calls():
     experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
     references = [REFERENCE_A0, REFERENCE_D0, REFERENCE_A1, REFERENCE_D1]
-    advantage, kl = credit(experiences, references, BETA)
+    advantage, metrics = credit(experiences, references, BETA, CREDITS["centred"])
     assert [a.tolist() for a in advantage] == [[0.0, 0.5, 1.5], [-1.0, -1.0], [-0.5, -1.5], [1.0, 1.0]]
-    assert kl == (1 + 2 + 0 + 0 + 0 - 2 + 0 + 0 + 0) / 9   # the log's `kl`, a mean over tokens
+    # For the log: `kl` is a mean over tokens. The one group, the attacks, has not earned the same.
+    assert metrics["kl"] == (1 + 2 + 0 + 0 + 0 - 2 + 0 + 0 + 0) / 9 and metrics["equal_groups"] == 0
+    # Returns of the attacker, in two parts: rewards (3, 3, 3, -3, -3) and KL terms (-3, -2, 0, 2, 0).
+    # Rewards: mean 0.6, variance 9 - 0.36. KL terms: mean -0.6, variance (9 + 4 + 4) / 5 - 0.36.
+    measured("payoff_deviation_attacker", abs(metrics["payoff_deviation_attacker"] - 8.64 ** 0.5), 1e-12)
+    measured("kl_deviation_attacker", abs(metrics["kl_deviation_attacker"] - 3.04 ** 0.5), 1e-12)
+    assert metrics["payoff_deviation_defender"] == 2 and metrics["kl_deviation_defender"] == 0
 
 
 # A row per turn: the prompt, the reply, then padding. Both tensors are 0 outside the reply.
