@@ -26,7 +26,8 @@ from conftest import measured
 from judge import Verdict
 from model import new_model, save
 from sample import Sample, sample, stop_ids, uniforms
-from selfplay import ATTACKER, DEFENDER, Reply, Seed, write_reply
+from selfplay import ATTACKER, DEFENDER, Reply, Seed
+from toy import write_reply
 from train import Config
 
 GAP = 2e-3   # what both sides together may still gain at the equilibrium; payoffs of the game are -4 to 2

@@ -312,9 +312,8 @@ def test_seeds_can_be_paired(change, unchanged):
 # ---------------------------------------------------------------- credit and loss
 
 def largest_loss(project: Path) -> float:
-    """The largest part of the loss in a run. With centred advantages it is 0, but for rounding errors."""
-    return max(abs(step[key]) for step in metrics(project / "it")
-               for key in ("loss_attacker", "loss_defender"))
+    """The largest loss of a run's steps. With centred advantages it is 0, but for rounding errors."""
+    return max(abs(step["loss"]) for step in metrics(project / "it"))
 
 
 def gradient_norm(project: Path) -> float:
@@ -362,7 +361,7 @@ def test_a_credit_can_be_added_as_a_function(change):
     """Advantages of 1 and 0: the loss is minus the share of tokens that belong to the best turns."""
     project = change("another credit function", BEST)
     train(project, *TWICE, "--credit", "best")
-    shares = [-step["loss_attacker"] - step["loss_defender"] for step in metrics(project / "it")]
+    shares = [-step["loss"] for step in metrics(project / "it")]
     print(f"\n    shares of tokens in the best turn of their prompt: {shares}", end="")
     assert all(0.3 < share < 1 for share in shares)
 

@@ -1,4 +1,5 @@
 """The game: parsing, seeds, prompts, play, rewards, metrics. Credit has a file of its own."""
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +12,8 @@ from judge import Verdict
 from sample import Sample
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Experience, Game, Reply, Seed, Turn,
                       experiences_of, game_metrics, is_legal, mean, nothing_happened, parse_reply, payoffs,
-                      play, seed_pools, seeds_for_step, show_game, write_reply)
+                      play, seed_pools, seeds_for_step, show_game)
+from toy import write_reply
 
 
 # ---------------------------------------------------------------- parsing
@@ -420,8 +422,13 @@ def test_rates_of_attacks_count_attacks_alone_and_raw_requests_have_a_rate_of_th
 
 
 def test_recorded_attacks_count_as_attacks():
-    metrics = game_metrics(STEP, [], REWARDS["zero_sum"], from_pool=True)
-    assert (metrics["asr"], metrics["asr_raw"], metrics["over_refusal"]) == (2 / 6, None, 2 / 5)
+    """A seed that is a recorded attack is no raw request; in a step with an attacker, rates are about it."""
+    recorded = [replace(g, seed=replace(g.seed, recorded=True)) for g in STEP if not g.attacker]
+    metrics = game_metrics(recorded, [], REWARDS["zero_sum"])
+    assert (metrics["asr"], metrics["asr_raw"]) == (1 / 2, None)
+    attacked = [g for g in STEP if g.attacker]
+    metrics = game_metrics(attacked + recorded, [], REWARDS["zero_sum"])
+    assert (metrics["asr"], metrics["asr_raw"]) == (1 / 4, None)
 
 
 def test_the_gap_shows_a_table_that_is_not_zero_sum():

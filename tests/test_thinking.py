@@ -18,7 +18,8 @@ from judge import FORMATS, JudgeModel, keywords
 from model import new_model, save, score
 from sample import Sample, chat_template, open_tokenizer, visible
 from data import pack
-from selfplay import ENGLISH, ChatFormat, parse_reply, write_reply
+from selfplay import ENGLISH, ChatFormat, parse_reply
+from toy import write_reply
 
 ASSISTANT = "<|im_start|>assistant\n"
 TEMPLATES = {   # name: what it writes after the assistant's header

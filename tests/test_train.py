@@ -179,7 +179,7 @@ def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
     assert sums[-1]["grad_norm"] > 0
 
 
-def gradients_of_each_role(model, experiences, advantage, loss_share):
+def gradients_of_each_role(model, experiences, advantage):
     """
     The gradients of an update in which the other role's advantages are 0, attacker first. No gradient is so
     large that it is clipped.
@@ -187,38 +187,37 @@ def gradients_of_each_role(model, experiences, advantage, loss_share):
     parts = []
     for role in (ATTACKER, DEFENDER):
         own = [1e-3 * a_T * (e.turn.role == role) for e, a_T in zip(experiences, advantage, strict=True)]
-        parts.append(gradients(model, experiences, own, loss_share=loss_share)[0])
+        parts.append(gradients(model, experiences, own)[0])
     return parts
 
 
-@pytest.mark.parametrize("loss_share", train.LOSS_SHARES)
-def test_how_long_the_other_role_talks_changes_a_role_s_gradient_unless_both_roles_weigh_the_same(
-        loss_share, tiny):
+@pytest.mark.parametrize("balance", [False, True])
+def test_how_long_the_other_role_talks_changes_a_role_s_gradient_unless_they_are_balanced(balance, tiny):
     """The step once more, but with every answer of the defender four times as often, as if it talked more."""
     experiences, advantage = some_experiences(tiny)
     answers = [(e, a_T) for e, a_T in zip(experiences, advantage, strict=True) if e.turn.role == DEFENDER]
     more = experiences + 3 * [e for e, _ in answers], advantage + 3 * [a_T for _, a_T in answers]
     n_own, n_other = (sum(len(e.turn.ids) for e in experiences if e.turn.role == role)
                       for role in (ATTACKER, DEFENDER))
-    before = gradients_of_each_role(tiny, experiences, advantage, loss_share)
-    after = gradients_of_each_role(tiny, *more, loss_share)
-    shrinks = 1.0 if loss_share == "roles" else (n_own + n_other) / (n_own + 4 * n_other)
+    steps = [(experiences, advantage), more]
+    if balance:
+        steps = [(es, train.balance_roles(a, es)) for es, a in steps]
+    before, after = [gradients_of_each_role(tiny, *step) for step in steps]
+    shrinks = 1.0 if balance else (n_own + n_other) / (n_own + 4 * n_other)
     largest_of = max(g.abs().max() for g in before[0])
     error = largest(after[0], [shrinks * g for g in before[0]]) / largest_of
     measured(f"attacker's gradient, {shrinks:.2f} times what it was; relative error", error, 1e-4)
-    grows = 1.0 if loss_share == "roles" else 4 * shrinks
+    grows = 1.0 if balance else 4 * shrinks
     error = largest(after[1], [grows * g for g in before[1]]) / max(g.abs().max() for g in before[1])
     measured(f"defender's gradient, {grows:.2f} times what it was; relative error", error, 1e-4)
 
 
-def test_the_loss_of_a_role_that_is_absent_is_0_whatever_the_shares(tiny):
+def test_balance_changes_nothing_where_one_role_plays(tiny):
     experiences, advantage = some_experiences(tiny)
     numbers = [n for n, e in enumerate(experiences) if e.turn.role == DEFENDER]
     alone = [experiences[n] for n in numbers], [advantage[n] for n in numbers]
-    by_tokens, sums = gradients(tiny, *alone, loss_share="tokens")
-    by_roles, _ = gradients(tiny, *alone, loss_share="roles")
-    assert sum(part.get("loss_attacker", 0) for part in sums) == 0
-    measured("gradient, by tokens against by roles", largest(by_tokens, by_roles), 0.0)
+    for a_T, balanced_T in zip(alone[1], train.balance_roles(alone[1], alone[0]), strict=True):
+        assert np.array_equal(a_T, balanced_T)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -328,9 +327,9 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
     (["--play", "attacker"], lambda line: line["reward_defender"] is None),
     (["--play", "defender"], lambda line: line["reward_attacker"] is None),
     (["--updates", "3"], lambda line: line["ratio_max"] > 1),
-    (["--loss-share", "roles"], lambda line: line["grad_norm"] > 0),
-    # whitened over all tokens of a role, the parts of the loss are 0
-    (["--credit", "reinforce++"], lambda line: abs(line["loss_attacker"] + line["loss_defender"]) < 1e-5),
+    (["--balance"], lambda line: line["grad_norm"] > 0),
+    # whitened over all tokens of a role, the loss is 0
+    (["--credit", "reinforce++"], lambda line: abs(line["loss"]) < 1e-5),
     # a judge of another world: it takes the seed's label for the attack's
     (["--judge", "keywords"], lambda line: line["drift"] in (None, 0.0)),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -851,7 +850,7 @@ MISTAKES = [   # arguments, words of the sentence
     ("--games 24 --attacks-per-seed 2 --answers-per-attack 2", "multiple of 16, 4 types of seeds x 4"),
     ("--credit group", "add --attacks-per-seed or --answers-per-attack"),
     ("--credit mine", "--credit"),
-    ("--loss-share halves", "--loss-share"),
+    ("--balance roles", "unrecognized arguments: roles"),
     ("--judge toy --seeds harmful={bad}/none.jsonl", "No such file"),
     ("--judge toy --seeds harmful={bad}/empty.jsonl", "holds no prompts"),
     ("--judge toy --seeds harmful={bad}/torn.jsonl", "torn.jsonl, line 2"),
