@@ -77,7 +77,7 @@ def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
     rng = np.random.default_rng(0)
     drawn = np.array([measure(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(draws)])
     low, high = value - drawn.mean() + np.quantile(drawn, [0.025, 0.975])
-    if low == high:   # of equal values: another one, 1 away, may be as frequent as none in n says
+    if high - low < 1e-9:   # of equal values: another one, 1 away, may be as frequent as none in n says
         low, high = value - wilson(0, n)[1], value + wilson(0, n)[1]
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 

@@ -1,9 +1,9 @@
 """
 The past: in a share of the raw games, the defender is asked an attack of the run's own past.
 
-A run of four steps on the SFT start of conftest.py, with --replay 1: once there is one, every raw game asks an
-attack of an earlier step, and a run that was stopped and resumed asks the same ones. That start's attacks are
-nonsense, which the judge calls illegal; here all that were passed on count as legal in games.jsonl.
+A run of four steps on the SFT start of conftest.py, with --replay 1: once there is one, every raw game asks
+an attack of an earlier step, and a run that was stopped and resumed asks the same ones. That start's attacks
+are nonsense, which the judge calls illegal; here all that were passed on count as legal in games.jsonl.
 """
 import shutil
 

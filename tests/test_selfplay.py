@@ -97,7 +97,7 @@ def test_each_label_has_a_pool_for_the_attacker_and_a_raw_one():
 
 def test_recorded_attacks_replace_the_seeds_of_their_label_for_the_attacker():
     harmful, _, benign, _ = seed_pools([("a", True), ("b", False)], [("attack", True)], revise=False)
-    assert harmful == [Seed("attack", True, False)] and benign == [Seed("b", False, False)]
+    assert harmful == [Seed("attack", True, False, recorded=True)] and benign == [Seed("b", False, False)]
 
 
 def test_the_four_kinds_of_seed_come_in_equal_shares():
