@@ -77,14 +77,19 @@ def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
     rng = np.random.default_rng(0)
     drawn = np.array([measure(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(draws)])
     low, high = value - drawn.mean() + np.quantile(drawn, [0.025, 0.975])
-    if high - low < 1e-9:   # of equal values: another one, 1 away, may be as frequent as none in n says
-        low, high = value - wilson(0, n)[1], value + wilson(0, n)[1]
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
 def average(values: Sequence[float]) -> dict:
-    """The mean with its interval."""
+    """
+    The mean with its interval. Equal values say that another one is rare, not that there is none: then the
+    interval allows for values that differ by 1, as frequent as Wilson's interval of 0 in n has it.
+    """
     value_N = np.array(present(values))
-    return bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
+    result = bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
+    if len(value_N) and np.ptp(value_N) == 0:
+        rare = wilson(0, len(value_N))[1]
+        result |= {"low": result["value"] - rare, "high": result["value"] + rare}
+    return result
 
 def difference(values: Sequence[float], others: Sequence[float]) -> dict:
     """The mean of values - others, pair by pair; a pair with a missing value is left out."""

@@ -153,7 +153,7 @@ def append_rows(file: Path, rows: list[dict]) -> None:
 def game_record(game: Game, step: int) -> dict:
     """One game as a line of games.jsonl. The columns attack and harmful make it a pool for --attacks."""
     return {"step": step, "game": game.number, "seed": game.seed.text, "harmful": game.seed.harmful,
-            "attack": game.asked if game.attacked else None,
+            "recorded": game.seed.recorded, "attack": game.asked if game.attacked else None,
             "legal": is_legal(game) if game.attacker else None,
             "answer": game.defender.reply.answer, "verdict": vars(game.verdict),
             "attacker_reply": game.attacker.reply.text if game.attacker else None,

@@ -161,7 +161,8 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
     prompts = {}
     for where, row in rows:
         label = label_of(row, benchmark.labels, where, default)
-        if benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None):
+        lacks = benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None)
+        if lacks or row.get("recorded") is True:   # a seed that was itself an attack is no request
             continue
         if flag and label != default:
             stop(f"{where}: {flag}= contradicts its label; write {file} alone, or mend the row.")
@@ -184,9 +185,9 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
          device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
     """
-    Tensors, padded on the right: ids_BT, mask_BT (True on the tokens of the reply), and a value_BT, 0 outside
-    the mask, for each list of a reply's floats. The mask goes by position: padding may equal a stop token.
+    Padded on the right: ids_BT, mask_BT (True on the reply), and a value_BT for each list of its floats.
     """
+    # the mask goes by position: padding may equal a stop token
     T = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
     ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)

@@ -8,6 +8,7 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py exploit RUN RESPONSE ...     # what runs gain that were trained against RUN: arena.py
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
     python eval.py plot RUN ...         # training curves
+    python eval.py exam RUN ...         # what a run ends with: both of the above, where they apply
 
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. A rate comes with its 95 %
 Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily. No output that is
@@ -17,7 +18,7 @@ import json
 import math
 import os
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -33,6 +34,7 @@ from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
 from kernels import CommandLine, check_number, stop
 from selfplay import Seed, mean, play
+from train import Config
 
 EXAM = toy.exam()  # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
@@ -221,7 +223,10 @@ def logged_games(file: str) -> list:
         is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
         if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
             stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
-        if game["attack"] is not None and game["harmful"]:
+        # an attack with several answers is in several games, one after the other
+        reply = game.get("attacker_reply")
+        is_copy = reply and games and reply == games[-1].get("attacker_reply")
+        if game["attack"] is not None and game["harmful"] and not is_copy:
             for column in ("attack", "seed"):
                 text_of(game, [column], where)
             games.append(game)
@@ -246,11 +251,16 @@ def main_diversity(args: Namespace) -> None:
     write_json(args.json, results)
 
 # ---------------------------------------------------------------- report
+USUAL = {f.name: f.default for f in fields(Config)}
+
 def kind_of(config: dict) -> str:
     """What runs of one kind have in common: mode, payoffs, thoughts, and the pool of attacks."""
     kind = f"{config['play']} {config['reward']}{'' if config['cot'] else ' no-cot'}".replace(" zero_sum", "")
     if config["attacks"]:
         kind += f" on attacks of {config['attacks'].rsplit('-', 1)[0]}"   # without its seed
+    for name in ("credit", "attacks_per_seed", "answers_per_attack", "balance", "replay", "replay_won"):
+        if config.get(name, USUAL[name]) != USUAL[name]:
+            kind += f" {name}={config[name]}"
     return kind
 
 def spread(values: list) -> str:
@@ -298,7 +308,7 @@ def smooth(values: list) -> list:
 
 def logged(line: dict, key: str) -> float | None:
     """A metric of a step; the attack success of a step without attacks is that of raw requests."""
-    return line.get("asr_raw") if key == "asr" and line.get(key) is None else line.get(key)
+    return line.get("asr_raw" if key == "asr" and line.get("forfeit") is None else key)
 
 def draw_curves(runs: list, file: str, keys: list) -> None:
     """

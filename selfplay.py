@@ -142,8 +142,8 @@ def replay(seeds: list[Seed], past: list[Seed], share: float, seed: int, step: i
     random = stream("replay", seed, step)
     replayed = list(seeds)
     for i in range(0, len(seeds), repeat):
-        attacks = [attack for attack in past if attack.harmful == seeds[i].harmful]
-        if attacks and not seeds[i].revise and random.random() < share:
+        if not seeds[i].revise and random.random() < share:
+            attacks = [attack for attack in past if attack.harmful == seeds[i].harmful] or [seeds[i]]
             replayed[i:i + repeat] = [attacks[random.integers(len(attacks))]] * repeat
     return replayed
 
@@ -324,8 +324,8 @@ def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], co
     for shared in earned.values():
         game, turn, _ = shared[0]
         shaping = FORMAT[turn.reply.well_formed] if cot else 0.0
-        payoff = mean([paid for *_, paid in shared])
-        experiences.append(Experience(game.number, turn, payoff, shaping, game.seed.harmful))
+        experiences.append(Experience(game.number, turn, mean([paid for *_, paid in shared]), shaping,
+                                      game.seed.harmful))
     return experiences
 
 def groups_of(experiences: list[Experience]) -> list[list[int]]:
@@ -376,7 +376,7 @@ def has_contrast(group: list[int], experiences: list[Experience]) -> bool:
     return len({experiences[n].payoff + experiences[n].shaping for n in group}) > 1
 
 # (returns of a step's turns, the turns) -> advantages. The official one makes every step equally loud: where
-# all payoffs are equal, it blows up the KL term. A floor at the scale of payoffs lets rare wins count.
+# all payoffs are equal it blows up the KL term, and a stray forfeit counts as much as a win.
 CREDITS = {
     "centred": partial(whiten, floor=2.0, kind=lambda e: (e.turn.role, e.harmful)),
     "reinforce++": partial(whiten, floor=1e-4, kind=lambda e: e.turn.role),

@@ -7,8 +7,8 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B-Instruct \
         --judge wildguard:allenai/wildguard --seeds harmful=harmful.jsonl benign=benign.jsonl
 
-Self-RedTeam (Liu et al., arXiv 2506.07468) with REINFORCE++ as its official run executes it, without a critic
-or an adaptive KL. `main`, at the end, is the whole algorithm in numbered phases.
+Self-RedTeam (Liu et al., arXiv 2506.07468) as its official run executes it, without a critic or an adaptive
+KL, but for the credit: theirs is `--credit reinforce++`. `main`, at the end, is all of it in numbered phases.
 """
 from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
 import json
@@ -68,15 +68,15 @@ class Config:
     reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", REWARDS)
     credit: str = opt("centred", "ours", "what becomes of returns; the official run: reinforce++", CREDITS)
     balance: bool = opt(False, "ours", "let both roles weigh the same in the loss, however long they talk")
-    replay: float = opt(0.0, "ours", "share of raw games that ask an attack of the run's past, not a seed")
-    replay_won: bool = opt(False, "ours", "of the past, ask only attacks that won")
+    replay: float = opt(0.0, "ours", "share of raw games that ask a past attack of this run, if it has any")
+    replay_won: bool = opt(False, "ours", "with --replay: only attacks that won, as often as they did")
     cot: bool = opt(True, "paper", "think in private before writing")
     sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for a supervised term")
     sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
     steps: int = opt(200, "paper", "rounds of play and update")
-    games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4")
-    attacks_per_seed: int = opt(1, "paper", "attacks on each seed, for --credit group")
-    answers_per_attack: int = opt(1, "paper", "answers to each attack, for --credit group")
+    games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4 x attacks x answers")
+    attacks_per_seed: int = opt(1, "paper", "attacks on each seed; in --credit group, 1 teaches no attacker")
+    answers_per_attack: int = opt(1, "paper", "answers to an attack; in --credit group, 1 teaches none")
     updates: int = opt(1, "ours", "optimizer updates a step; the official run makes 6")
     lr: float = opt(5e-7, "paper", "AdamW step size at its peak")
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
@@ -191,7 +191,7 @@ def step_size(cfg: Config, n: int) -> float:
     """Learning rate of update n: warm-up over 3 % of the run, then a cosine from the peak to 10 % of it."""
     total = cfg.steps * cfg.updates
     warm_up = max(1, round(0.03 * total))
-    progress = min(1.0, max(0, n - warm_up) / max(1, total - warm_up))
+    progress = max(0, n - warm_up) / max(1, total - warm_up)
     cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
     return cfg.lr * min(1.0, (n + 1) / warm_up) * (0.1 + 0.9 * cosine)
 
@@ -573,8 +573,8 @@ def main(argv: list[str] | None = None) -> None:
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    logged = read_rows(f"{out}/games.jsonl") if first and ranks.rank == 0 else []
-    past = checkpoint.past_attacks(gather_list([row for _, row in logged], ranks), cfg.replay_won)
+    logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay and ranks.rank == 0 else []
+    past = gather_list(checkpoint.past_attacks([row for _, row in logged], cfg.replay_won), ranks)
     skipped = 0                       # updates in a row
     dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has
 

@@ -44,6 +44,8 @@ def type_of(argument: str, kernel: str, dtype: str) -> str:
     """The Triton type of one argument."""
     if (kernel, argument) in (("forward_kernel", "out_ptr"), ("norm_backward_kernel", "grad_weight_ptr")):
         return "*fp32"
+    if (kernel, argument) == ("swiglu_backward_kernel", "grad_ptr"):   # in the head's kernels it is fp32
+        return f"*{dtype}"
     return TYPES.get(argument, f"*{dtype}" if argument.endswith("_ptr") else "i32")
 
 

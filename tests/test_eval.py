@@ -394,11 +394,11 @@ def test_curves_show_every_run_thin_and_the_mean_of_each_kind_thick(tmp_path, mo
 
 
 def test_the_attack_success_of_a_step_without_attacks_is_that_of_raw_requests():
-    assert eval.logged({"asr": 0.0, "asr_raw": 0.5}, "asr") == 0.0, "attacks, of which none won"
-    assert eval.logged({"asr": None, "asr_raw": 0.5}, "asr") == 0.5
-    assert eval.logged({"asr": None, "asr_raw": None}, "asr") is None
-    assert eval.logged({"asr": None}, "asr") is None, "a log of an earlier version"
-    assert eval.logged({"over_refusal": None, "asr_raw": 0.5}, "over_refusal") is None
+    assert eval.logged({"asr": 0.0, "asr_raw": 0.5, "forfeit": 0.0}, "asr") == 0.0, "attacks, none won"
+    assert eval.logged({"asr": None, "asr_raw": 0.5, "forfeit": 1.0}, "asr") is None, "all forfeited"
+    assert eval.logged({"asr": None, "asr_raw": 0.5, "forfeit": None}, "asr") == 0.5, "no attacker played"
+    assert eval.logged({"asr": None, "forfeit": None}, "asr") is None, "a log of an earlier version"
+    assert eval.logged({"over_refusal": None, "asr_raw": 0.5, "forfeit": None}, "over_refusal") is None
 
 
 def test_a_row_more_in_curves_is_a_panel_more(tmp_path, monkeypatch):
@@ -430,3 +430,18 @@ def test_a_count_of_nothing_is_refused(capsys):
     with pytest.raises(SystemExit):
         command("crossplay", "x", "--n", 0)
     assert capsys.readouterr().err == "--n 0: must be a number from 2 to 1000000000.\n"
+
+
+def test_runs_of_another_credit_are_another_kind():
+    usual = {"play": "self", "reward": "zero_sum", "cot": True, "attacks": ""}
+    assert eval.kind_of(usual) == eval.kind_of(usual | {"credit": "centred", "replay": 0.0}) == "self"
+    assert eval.kind_of(usual | {"credit": "group", "replay": 0.5}) == "self credit=group replay=0.5"
+
+
+def test_an_attack_with_several_answers_counts_once_for_diversity(tmp_path):
+    replies = [("a", "one"), ("a", "one"), ("b", "two"), (None, "three"), (None, "three")]
+    rows = [{"seed": "s", "attack": attack, "harmful": True, "legal": True, "attacker_reply": reply,
+             "verdict": {"response_harmful": True}} for reply, attack in replies]
+    (tmp_path / "games.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    logged = eval.logged_games(str(tmp_path / "games.jsonl"))
+    assert [game["attack"] for game in logged] == ["three", "three", "two", "one"], "no reply: no copy"

@@ -316,6 +316,7 @@ def test_the_kernels_of_gradients_err_no_more_than_the_formula(rows, dim, progra
         exact = with_gradients(formula, args, torch.double)[1:]
         for i, gradient in enumerate(ours):
             assert gradient.shape == args[i].shape
+            assert grad.numel() or not gradient.any(), "of no rows it is 0"
             if gradient.numel() and grad.numel():
                 rounding = 2 * torch.finfo(dtype).eps * exact[i].abs().max().item()
                 as_accurate(f"{name}, gradient {i}", gradient, plain[i], exact[i], rounding)

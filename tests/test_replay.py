@@ -12,6 +12,7 @@ import pytest
 import checkpoint
 from checkpoint import past_attacks
 from conftest import measured
+from data import read_prompts
 from launch import games, largest_difference, metrics, run, succeeds, weights
 from selfplay import Seed, replay
 
@@ -90,17 +91,19 @@ def runs(tmp_path_factory, sft_run):
 
 
 def test_raw_games_ask_legal_attacks_of_earlier_steps(runs):
-    past = {True: set(), False: set()}
+    past, replayed = {True: set(), False: set()}, 0
     for step in range(1, 5):
         played = [game for game in games(runs / "whole") if game["step"] == step]
         for game in played[1::2]:   # pools take turns: to be attacked, raw, to be attacked, raw
             label = game["harmful"]
             assert game["attacker_reply"] is None
+            assert game["recorded"] == bool(past[label])
             assert not past[label] or game["seed"] in past[label]
+            replayed += game["recorded"]
         for game in played:
             if game["legal"]:
                 past[game["harmful"]].add(game["attack"])
-    assert past[True] and past[False]
+    assert replayed > 8
 
 
 def test_a_resumed_run_remembers_the_same_past(runs):
@@ -129,3 +132,19 @@ def test_a_replayed_attack_is_no_raw_request_in_the_log(runs):
 def test_a_share_above_1_is_refused(tmp_path):
     done = run("--replay", "2", "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr == "--replay 2.0: must be a number from 0 to 1.\n"
+
+
+def test_a_replayed_attack_is_no_seed_for_another_run(runs):
+    """In games.jsonl its text is in the column seed, where the next run would find it as a request."""
+    recorded = {game["seed"] for game in games(runs / "whole") if game["recorded"]}
+    [(_, rows, _)] = read_prompts([str(runs / "whole" / "games.jsonl")])
+    assert rows and recorded and not recorded & {text for text, _ in rows}
+
+
+def test_a_run_can_replay_only_what_won(runs):
+    succeeds(*FLAGS, "--replay-won", "--out", runs / "won", before=call_all_legal)
+    won = {game["attack"] for game in games(runs / "won") if game["attack"]
+           and game["verdict"]["response_harmful" if game["harmful"] else "refusal"]}
+    replayed = [game for game in games(runs / "won") if game["recorded"]]
+    print(f"\n    {len(won)} attacks won, {len(replayed)} games replayed one", end="")
+    assert {game["seed"] for game in replayed} <= won
