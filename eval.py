@@ -307,8 +307,11 @@ def smooth(values: list) -> list:
     return [mean(values[max(0, step - 5):step]) for step in range(len(values) + 1)]
 
 def logged(line: dict, key: str) -> float | None:
-    """A metric of a step; the attack success of a step without attacks is that of raw requests."""
-    return line.get("asr_raw" if key == "asr" and line.get("forfeit") is None else key)
+    """A metric of a step; the attack success of a step without an attacker is that of raw requests."""
+    has_attacker = line.get("forfeit") is not None
+    if key == "asr" and line.get(key) is None and not has_attacker:
+        return line.get("asr_raw")
+    return line.get(key)
 
 def draw_curves(runs: list, file: str, keys: list) -> None:
     """
