@@ -150,7 +150,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, instruction: str, opening:
 
 # ---------------------------------------------------------------- drawing a token
 def stream(name: str, *numbers: int) -> np.random.Generator:
-    """Random numbers of their own for each use: a name, and as many numbers at each call."""
+    """Random numbers of their own for each use: a name, and always the same count of numbers."""
     return np.random.default_rng((*name.encode(), *numbers))
 
 def uniforms(seed: int, step: int, games: Sequence[int], turn: int, length: int) -> Tensor:
