@@ -543,13 +543,13 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.plan:
         print(show_plan(cfg, cfg.plan))
         return
+    import toy
     pools, summaries = read_seeds(cfg)
     ranks = setup(cfg)
     out = Path(cfg.out)
     newest = gather_list([checkpoint.newest_complete(out) if cfg.resume else None], ranks)[0]
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
-    import toy
     chat = toy.open_chat(origin, cfg.cot)
     policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
