@@ -387,8 +387,8 @@ def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) ->
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     """One line of the log, at most 120 columns without the warning."""
     shown = [f"step {step:4d}/{steps}"]
-    for label, key in (("attack won", "asr"), ("over-refusal", "over_refusal"),
-                       ("benign answered", "benign_answered"), ("forfeit", "forfeit")):
+    for label, key in (("attack won", "asr"), ("raw", "asr_raw"), ("over-refusal", "over_refusal"),
+                       ("benign answers", "benign_answered"), ("forfeit", "forfeit")):
         shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
@@ -525,8 +525,7 @@ def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, st
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
 
-def describe(cfg: Config, sources: dict[str, str], summaries: list[str], chat: ChatFormat, first: int,
-             ranks: Ranks) -> str:
+def describe(cfg: Config, sources: dict[str, str], summaries: list[str], first: int, ranks: Ranks) -> str:
     """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
     lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
     lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})")
@@ -557,7 +556,7 @@ def main(argv: list[str] | None = None) -> None:
     opponent = open_sharded(cfg.opponent, ranks.compute, ranks) if cfg.opponent else None
     judge = open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks), gathered)
     pairs = read_sft(cfg, chat, context)
-    log0(ranks, describe(cfg, sources, summaries, chat, first, ranks))
+    log0(ranks, describe(cfg, sources, summaries, first, ranks))
     if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
         log0(ranks, show_plan(cfg, ranks.world))
 

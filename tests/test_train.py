@@ -77,7 +77,8 @@ def test_the_step_size_warms_up_and_ends_at_a_tenth_of_its_peak():
 
 
 def test_the_line_of_a_step_fits_120_columns():
-    values = dict(asr=1.0, over_refusal=1.0, benign_answered=1.0, forfeit=1.0, kl=0.123, seconds=123.4)
+    values = dict(asr=1.0, asr_raw=1.0, over_refusal=1.0, benign_answered=1.0, forfeit=1.0, kl=0.123,
+                  seconds=123.4)
     assert len(step_line(1000, 1000, values)) <= 120
     assert "attack won   --" in step_line(1, 2, values | {"asr": None})
 
