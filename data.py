@@ -184,8 +184,8 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
 # ---------------------------------------------------------------- lists become a batch
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),
          device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
-    """Right-padded ids_BT, mask_BT (True on the reply), and a value_BT for each list of a reply's floats."""
-    # the mask goes by position: padding may equal a stop token
+    """Right-padded ids_BT, mask_BT (True on the reply), and a value_BT (else 0) per item of per_token."""
+    # an item holds a list of floats per reply; the mask goes by position: padding may equal a stop token
     T = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
     ids_BT = torch.zeros(len(prompts), T, dtype=torch.long)
     mask_BT = torch.zeros(len(prompts), T, dtype=torch.bool)

@@ -8,7 +8,7 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py exploit RUN RESPONSE ...     # what runs gain that were trained against RUN: arena.py
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
     python eval.py plot RUN ...         # training curves
-    python eval.py exam RUN ...         # what a run ends with: both of the above, where they apply
+    python eval.py exam RUN ...         # what a run ends with: bench, in the embedded world, and plot
 
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. A rate comes with its 95 %
 Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily. No output that is
@@ -33,6 +33,7 @@ from checkpoint import append_rows, game_record
 from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
 from kernels import CommandLine, check_number, stop
+from model import run_config
 from selfplay import Seed, mean, play
 from train import Config
 
@@ -217,15 +218,14 @@ def fresh_games(name: str, n: int, seed: int, files: list) -> list:
     return [game_record(game, 0) for game in games]
 
 def logged_games(file: str) -> list:
-    """The games of a games.jsonl in which a harmful seed was attacked, the last ones first."""
+    """The games of a games.jsonl in which a harmful seed was attacked, the last first; an attack once."""
     games = []
+    shared = run_config(str(Path(file).parent)).get("answers_per_attack", 1)   # games that ask one attack
     for where, game in read_rows(file):
         is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
         if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
             stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
-        # an attack with several answers is in several games, one after the other
-        reply = game.get("attacker_reply")
-        is_copy = reply and games and reply == games[-1].get("attacker_reply")
+        is_copy = shared > 1 and game["game"] % shared
         if game["attack"] is not None and game["harmful"] and not is_copy:
             for column in ("attack", "seed"):
                 text_of(game, [column], where)

@@ -438,10 +438,11 @@ def test_runs_of_another_credit_are_another_kind():
     assert eval.kind_of(usual | {"credit": "group", "replay": 0.5}) == "self credit=group replay=0.5"
 
 
-def test_an_attack_with_several_answers_counts_once_for_diversity(tmp_path):
-    replies = [("a", "one"), ("a", "one"), ("b", "two"), (None, "three"), (None, "three")]
-    rows = [{"seed": "s", "attack": attack, "harmful": True, "legal": True, "attacker_reply": reply,
-             "verdict": {"response_harmful": True}} for reply, attack in replies]
-    (tmp_path / "games.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    logged = eval.logged_games(str(tmp_path / "games.jsonl"))
-    assert [game["attack"] for game in logged] == ["three", "three", "two", "one"], "no reply: no copy"
+def test_a_shared_attack_counts_once_and_a_repeated_one_as_often_as_it_was_written(tmp_path):
+    """Whether games share an attack follows from the run's settings, not from texts: attackers collapse."""
+    row = {"seed": "s", "attack": "a", "harmful": True, "legal": True, "verdict": {"response_harmful": True}}
+    (tmp_path / "games.jsonl").write_text("\n".join(json.dumps(row | {"game": n}) for n in range(8)))
+    assert len(eval.logged_games(str(tmp_path / "games.jsonl"))) == 8
+    (tmp_path / "step_000000").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"prompts": {}, "answers_per_attack": 4}))
+    assert [game["game"] for game in eval.logged_games(str(tmp_path / "games.jsonl"))] == [4, 0]

@@ -453,7 +453,7 @@ ROWS = ("norm_kernel", "norm_backward_kernel", "swiglu_kernel", "swiglu_backward
 def test_every_kernel_compiles_for_hopper_without_spills_in_its_loop_and_fits(kernel, dtype, compiled):
     result = compiled[f"{kernel} {dtype}"]
     print(f"\n    {result}", end="")
-    # Once a tile, outside the loop over features: on an H200 faster than any tile that does not spill.
+    # Once a tile, outside the loop over features: on an H200 faster than what was tried and does not spill.
     assert result["spilled_bytes"] <= (512 if (kernel, dtype) == ("forward_kernel", "bf16") else 0)
     assert result["shared"] <= 232_448   # bytes that one program may use on an H100
     # bf16 is multiplied by tensor cores; fp32 is not, because they would round it to TF32.
