@@ -121,6 +121,7 @@ class EvalModel:
     def ask(self, prompts: list, numbers: Sequence[int], turn: int, max_new_tokens: int,
             temperature: float = 1.0, seed: int = 0) -> list[Sample]:
         """A reply to each prompt of token ids. With all but the first two set it is a selfplay.Player."""
+        self.model.use((ATTACKER, DEFENDER)[turn])
         uniform_NT = uniforms(seed, 0, numbers, turn, max_new_tokens)
         stops = stop_ids(self.model, self.chat.tokenizer)
         return sample(self.model, prompts, uniform_NT, stops, temperature, self.chat.prefixes(), self.name)

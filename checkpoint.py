@@ -3,8 +3,8 @@ A run folder that survives: written whole or not there, resumed on any number of
 
     write partial_000020/ -> list files in complete.json -> fsync -> rename to step_000020/ -> set `latest`
 
-A checkpoint is a Hugging Face model folder with the optimizer's state in optimizer/ (safetensors). It counts
-only under its final name, and if every file has the size that complete.json says.
+A checkpoint is a Hugging Face model folder, or adapters whose base is step_000000, with the optimizer's state
+in optimizer/. It counts only under its final name, and if every file has the size that complete.json says.
 """
 import json
 import math
@@ -112,7 +112,7 @@ def prune(out: Path, keep: int, step: int) -> None:
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The fp32 weights and AdamW's own tensors by name, {"weight.norm.weight": ..}; made if there is none."""
     tensors = {}
-    for name, parameter in policy.named_parameters():
+    for name, parameter in [(n, p) for n, p in policy.named_parameters() if p.requires_grad]:
         tensors[f"weight.{name}"] = parameter.detach()
         if parameter not in optimizer.state:  # before its first update: what AdamW starts from
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -186,8 +186,8 @@ def rewind_logs(out: Path, step: int) -> None:
         if step_number(folder) > step:
             print(f"  {folder} is not complete: ignored, and made again", flush=True)
     replace_text(out / "latest", f"step_{step:06d}")
-    for log in (out / "metrics.jsonl", out / "games.jsonl"):
-        lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+    for log in out.glob("*.jsonl"):
+        lines = log.read_text("utf-8", "replace").split("\n")
         replace_text(log, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
 # ---------------------------------------------------------------- signals

@@ -9,6 +9,7 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
     python eval.py plot RUN ...         # training curves
     python eval.py exam RUN ...         # what a run ends with: bench, in the embedded world, and plot
+    python eval.py plan SETTINGS        # the memory that a run needs: what train.py --plan prints
 
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. A rate comes with its 95 %
 Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily. No output that is
@@ -24,6 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import toy
 from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, difference, exploit, games_of,
@@ -33,9 +35,10 @@ from checkpoint import append_rows, game_record
 from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge
 from kernels import CommandLine, check_number, stop
-from model import run_config
+from kernels.logprob import head_bytes
+from model import Transformer, newest_step, refuse_damage, run_config
 from selfplay import Seed, mean, play
-from train import Config
+from train import Config, add_adapters
 
 EXAM = toy.exam()  # the held-out pairs in disguise
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
@@ -363,6 +366,51 @@ def main_plot(args: Namespace) -> None:
     draw_curves(args.models, file, args.curves)
     print(f"curves: {file}")
 
+# ---------------------------------------------------------------- memory
+def show_plan(cfg: Config, n_gpus: int) -> str:
+    """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
+    from transformers import AutoConfig
+    models = []
+    for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
+        with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
+            models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
+    sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
+    learns = sum(p.numel() for p in add_adapters(models[0], cfg).parameters() if p.requires_grad)
+    full = not cfg.adapter_rank
+    share = learns / n_gpus if full else learns  # every GPU holds all adapters
+    c = models[0].config
+    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
+    layer = (sizes[0] - embeddings) / c.layers
+    # bytes that a token leaves in a layer for the backward pass; recomputed: inputs, and one layer at a time
+    left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
+    kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
+    # a context holds instructions, an attack and an answer; with more memory, more games play at a time
+    slots = min(16, -(-cfg.games // n_gpus)) * (512 + 2 * cfg.max_new_tokens)
+    # where several GPUs share a model, its embeddings stay in full between two passes; one has all of them
+    always = {"weights and Adam moments, fp32": 12 * share,
+              "reference, judge, opponent": sum(sizes) / n_gpus + embeddings * (n_gpus > 1)}
+    sizes += sizes[:1] * (cfg.play == "attacker" and not cfg.opponent and full)  # the reference defends
+    play = {"play: policy, judge, opponent in full": sum(sizes) if n_gpus > 1 else sizes[0] * full,
+            "play: keys and values": 4 * slots * c.layers * c.kv_heads * c.head_dim}
+    update = {"update: gradients, fp32": 4 * share,
+              "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
+              "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab),
+              "update: layers and embeddings in full": (full or n_gpus > 1) * (
+                  2 * layer + embeddings + 3 * max(layer, embeddings) * full)}
+    peak = sum(always.values()) + max(sum(play.values()), sum(update.values()))
+    # CUDA itself takes up to 3 GB
+    fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
+    plan = always | play | update | {"peak: " + (fits or ["fits no GPU"])[0]: peak}
+    rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
+    text = (f"Disk: {14 * learns / 2 ** 30:.1f} GiB a checkpoint, {cfg.keep + 1} of them in a save. Host: "
+            f"{(1 + full) * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends "
+            "a run 30 s after a signal; if a step and a save take longer, add --shutdown-timeout 600 to it.")
+    return "\n".join([f"| {n_gpus} GPUs, bf16 | GiB on each |", "| --- | --- |", *rows, "", text])
+
+def main_plan(args: Namespace) -> None:
+    cfg = Config(**json.loads(args.models[0]))
+    print(show_plan(cfg, cfg.plan))
+
 # ---------------------------------------------------------------- the command line
 def main_exam(args: Namespace) -> None:
     """What a run ends with: in the embedded world the held-out exam, before and after, and the curves."""
@@ -405,7 +453,8 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
                 "n prompts out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
     "plot": (main_plot, "training curves", "curves out"),
-    "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", "")}
+    "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", ""),
+    "plan": (main_plan, "the memory of a run, for its settings in JSON: what train.py --plan prints", "")}
 
 def check_output(flag: str, file: Path, endings: list[str]) -> None:
     """Refuse a name with another ending, and one that cannot become a new file. Its folder is made."""

@@ -1,5 +1,5 @@
 """
-The transformer, its key-value cache, and how weights come and go.
+The transformer, its key-value cache, its adapters, and how weights come and go.
 
     ids_BT -> embed -> L x [norm, attention, +, norm, SwiGLU, +] -> norm -> head(hidden_BTD, weight_VD)
 
@@ -10,16 +10,16 @@ folder: `transformers` opens what `save` writes, and `load` opens what `transfor
 
     python model.py                       # a random model's logits against those of transformers
     python model.py --model FOLDER        # the same for a checkpoint
+    python model.py --merge RUN --role defender --out FOLDER  # a run's adapter becomes part of the weights
 
 Tensor names end in their shape, here and in every file: B rows, T positions, S cache slots, V vocabulary, D
 model width, H query heads, K key/value heads, G = H / K query heads that share a key head, E head width, L
-layers, N tokens or turns in a flat list, I the width of the feed-forward layer.
+layers, N tokens or turns in a flat list, I the width of the feed-forward layer, R the rank of an adapter.
 """
 from __future__ import annotations
 
 from kernels import CommandLine, set_threads, stop  # before torch, which reads the OpenMP setting in there
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -34,14 +34,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layers import attend, attend_one, matmul_fp32, rms_norm, swiglu
+from kernels.layers import attend, attend_one, matmul_fp32, rms_norm, rotate, rotation, swiglu
 from kernels.logprob import token_logprob
 
 if TYPE_CHECKING:  # functions import transformers when they run: it takes a second, --help should not wait
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# (hidden_BTD, weight_VD) -> whatever the caller needs of the logits
-Head = Callable[[Tensor, Tensor], object]
+Head = Callable[[Tensor, Tensor], object]  # (hidden_BTD, weight_VD) -> what the caller needs of the logits
+LORA_SCALE = 2  # of what an adapter adds: alpha / rank
+ADAPTERS = "*/adapter_model.safetensors"  # in a checkpoint; these folders have the adapters' names
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class ModelConfig:
     head_dim: int  # of one head, E
     ffn_dim: int   # of the feed-forward layer, I
     vocab: int
-    rope_theta: float
-    rope_scaling: tuple[float, float, float, float] | None  # Llama 3's, see rope_frequencies
+    rope: tuple[int, float, tuple | None]  # the arguments of rope_frequencies
     norm_eps: float
     tied: bool
     qkv_bias: bool
@@ -64,10 +64,8 @@ class ModelConfig:
 
 # The model types whose formulas are in this file, and what transformers calls their classes.
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-ROPE_FIELDS = {
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+ROPE_FIELDS = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                         "original_max_position_embeddings")}
 # Config fields that this file reads
 READ = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "attention_bias",
@@ -98,24 +96,21 @@ def read_config(hf_config: PreTrainedConfig, name: str) -> ModelConfig:
     """Our config from Hugging Face's. What is not implemented is refused by name, never ignored."""
     kind = hf_config.model_type
     if kind not in ARCHITECTURES:
-        stop(f"{name}: config.json says model_type = {kind!r}; "
-             f"model.py implements {', '.join(ARCHITECTURES)}.")
+        stop(f"{name}: config.json says model_type = {kind!r}; model.py has {', '.join(ARCHITECTURES)}.")
     for field, value in unsupported_fields(hf_config).items():
         stop(f"{name}: config.json says {field} = {value!r}, which model.py does not implement; "
              "choose another model.")
     rope = hf_config.rope_parameters
+    scaling = tuple(rope[field] for field in ROPE_FIELDS[rope["rope_type"]])
     bias = kind in ("llama", "qwen3") and hf_config.attention_bias
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     return ModelConfig(
         layers=hf_config.num_hidden_layers, dim=hf_config.hidden_size, heads=hf_config.num_attention_heads,
         kv_heads=hf_config.num_key_value_heads, head_dim=head_dim, ffn_dim=hf_config.intermediate_size,
         vocab=hf_config.vocab_size, norm_eps=hf_config.rms_norm_eps, tied=hf_config.tie_word_embeddings,
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=tuple(rope[field] for field in ROPE_FIELDS[rope["rope_type"]]) or None,
+        rope=(head_dim, float(rope["rope_theta"]), scaling or None),
         qkv_bias=kind == "qwen2" or bias,  # Qwen2 always has these biases, and never says so
-        o_bias=bias,
-        qk_norm=kind == "qwen3",
-    )
+        o_bias=bias, qk_norm=kind == "qwen3")
 
 # ---------------------------------------------------------------- the key-value cache
 class Cache:
@@ -133,7 +128,7 @@ class Cache:
         self.block_2LBKSE = torch.zeros(size, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = slots
-        self.rotation_S2E = rotation(torch.arange(slots, device=device), config, dtype)  # not in every step
+        self.rotation_S2E = rotation(torch.arange(slots, device=device), config.rope, dtype)
 
     def append(self, layer: int, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values, and return all its slots. `forward` raises length_B."""
@@ -165,59 +160,38 @@ class Cache:
         self.block_2LBKSE = self.block_2LBKSE[:, :, rows]
         self.length_B = self.length_B[rows]
 
-# ---------------------------------------------------------------- rotary positions
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """
-    frequency_E2: radians per position of each pair of channels (Su et al., arXiv 2104.09864).
-
-    Llama 3 slows down low frequencies, so that positions beyond the original context look like positions
-    within it. A pair that turns fewer than `low` times over that context is slowed by `factor`, one that
-    turns more than `high` times stays, and in between the two are blended (Llama 3.1, transformers' rope_type
-    "llama3").
-    """
-    exponent_E2 = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequency_E2 = config.rope_theta ** -exponent_E2
-    if config.rope_scaling is None:
-        return frequency_E2
-    factor, low, high, original_context = config.rope_scaling
-    turns_E2 = original_context * frequency_E2 / (2 * math.pi)
-    kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays
-    return frequency_E2 * (kept_E2 + (1 - kept_E2) / factor)
-
-def rotation(position_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """rotation_BT2E: cosines and sines of every position's angles; the first half of the sines is negated."""
-    # angles in fp32: bf16 cannot tell position 1000 from 1001
-    angle_BTE = position_BT[..., None].float() * rope_frequencies(config, position_BT.device)
-    cos, sin = angle_BTE.cos(), angle_BTE.sin()  # half of E each: a pair shares its angle
-    cos_BTE = torch.cat((cos, cos), dim=-1)
-    sin_BTE = torch.cat((-sin, sin), dim=-1)
-    return torch.stack((cos_BTE, sin_BTE), dim=-2).to(dtype)
-
-def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
-    """Rotate each pair (x[e], x[e + E/2]) by its position's angle: Hugging Face's order of channels."""
-    cos_BT1E, sin_BT1E = rotation_BT2E.split(1, dim=-2)
-    low, high = x_BTHE.chunk(2, dim=-1)  # not neighbours: the two halves of a head
-    swapped_BTHE = torch.cat((high, low), dim=-1)
-    # x * cos + swapped * sin, in place in the copy
-    return swapped_BTHE.mul_(sin_BT1E).addcmul_(x_BTHE, cos_BT1E)
-
 # ---------------------------------------------------------------- layers
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 class Linear(nn.Linear):
-    """x @ weight.T + bias over the last dimension."""
+    """
+    x @ weight.T + bias over the last dimension, and what the active adapter adds (LoRA, arXiv 2106.09685).
+    A fused matrix is several, with parts[i] rows: each has its own rows of A, as many as the rank.
+    """
+
+    def __init__(self, dim: int, parts: list[int], bias: bool):
+        super().__init__(dim, sum(parts), bias)
+        self.parts = parts
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by the adapter's name
+        self.adapter = ""  # the active one; none
 
     def reset_parameters(self) -> None:
         """Skip init: weights are loaded, or drawn by `new_model`."""
+
+    def adapt(self, x: Tensor) -> Tensor:
+        """2 * x @ A.T @ B.T of the active adapter, part by part, in the dtype of x."""
+        hidden = LORA_SCALE * F.linear(x, self.lora_A[self.adapter].to(x.dtype))
+        b_parts = self.lora_B[self.adapter].to(x.dtype).split(self.parts)
+        pairs = zip(hidden.chunk(len(b_parts), dim=-1), b_parts, strict=True)
+        return torch.cat([F.linear(*pair) for pair in pairs], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.adapt(x) if self.adapter else y
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; queries, keys and values come from one fused matmul."""
@@ -226,9 +200,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         # rows: H query heads, then K key heads, then K value heads
-        fused_dim = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv_proj = Linear(config.dim, fused_dim, bias=config.qkv_bias)
-        self.o_proj = Linear(config.heads * config.head_dim, config.dim, bias=config.o_bias)
+        rows = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        self.qkv_proj = Linear(config.dim, rows, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_dim, [config.dim], bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -242,8 +216,7 @@ class Attention(nn.Module):
             query_BTHE, key_BTKE = qk_BTJE.split((H, K), dim=2)
             qk_BTJE = torch.cat((self.q_norm(query_BTHE), self.k_norm(key_BTKE)), dim=2)
         query_BTHE, key_BTKE = rotate(qk_BTJE, rotation_BT2E).split((H, K), dim=2)
-        # keys and values in the cache's order
-        return query_BTHE, key_BTKE.transpose(1, 2), value_BTKE.transpose(1, 2)
+        return query_BTHE, key_BTKE.transpose(1, 2), value_BTKE.transpose(1, 2)  # in the cache's order
 
     def forward(self, x_BTD: Tensor, rotation_BT2E: Tensor, cache: Cache | None, layer: int) -> Tensor:
         query_BTHE, key_BKTE, value_BKTE = self.project(x_BTD, rotation_BT2E)
@@ -256,8 +229,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.down_proj = Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up_proj = Linear(config.dim, [config.ffn_dim, config.ffn_dim], bias=False)
+        self.down_proj = Linear(config.ffn_dim, [config.dim], bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
@@ -295,10 +268,25 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab, config.dim), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # a tied model has no output matrix of its own
-        self.lm_head = None if config.tied else Linear(config.dim, config.vocab, bias=False)
-        # recompute: the backward pass computes each layer's activations again instead of keeping them
-        self.recompute = False
+        self.lm_head = None if config.tied else Linear(config.dim, [config.vocab], bias=False)
+        self.recompute = False  # the layers' activations in the backward pass, instead of keeping them
+        self.projections = [module for module in self.layers.modules() if isinstance(module, Linear)]
+        self.adapters: dict[str, str] = {}  # of roles, by name: they change the projections of all layers
+
+    def use(self, role: str) -> None:
+        """Run with this role's adapter from now on; without one, or for no role (""), as the base."""
+        for linear in self.projections:
+            linear.adapter = self.adapters.get(role, "")
+
+    def add_adapter(self, name: str, rank: int, seed: int = 0) -> None:
+        """Add an adapter for the roles in its name, "attacker-defender" or one. It changes nothing yet."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear in self.projections:
+            size = rank * len(linear.parts), linear.in_features
+            a_RD = torch.randn(size, generator=generator).to(self.norm.weight.device)
+            linear.lora_A[name] = nn.Parameter(a_RD / (3 * size[1]) ** 0.5)  # as large as PEFT's
+            linear.lora_B[name] = nn.Parameter(a_RD.new_zeros(linear.out_features, rank))
+        self.adapters |= dict.fromkeys(name.split("-"), name)
 
     def forward(self, ids_BT: Tensor, head: Head | None, cache: Cache | None = None) -> object:
         """
@@ -313,12 +301,11 @@ class Transformer(nn.Module):
         x_BTD = self.embed_tokens(ids_BT)
         position_BT = torch.arange(T, device=ids_BT.device)[None]
         if cache is None:
-            rotation_BT2E = rotation(position_BT, self.config, x_BTD.dtype)
+            rotation_BT2E = rotation(position_BT, self.config.rope, x_BTD.dtype)
         else:  # a row's new tokens come after what it holds
             rotation_BT2E = cache.rotation_S2E[position_BT + cache.length_B[:, None]]
-        last = len(self.layers) - 1
         for layer, block in enumerate(self.layers):
-            if head is None and layer == last:  # nobody reads what comes out of it
+            if head is None and block is self.layers[-1]:  # nobody reads what comes out of it
                 block.write_cache(x_BTD, rotation_BT2E, cache, layer)
             elif self.recompute and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, rotation_BT2E, cache, layer, use_reentrant=False)
@@ -326,10 +313,8 @@ class Transformer(nn.Module):
                 x_BTD = block(x_BTD, rotation_BT2E, cache, layer)
         if cache is not None:
             cache.length_B += T  # in place: the address stays, as a CUDA graph needs
-        if head is None:
-            return None
         weight_VD = self.embed_tokens.weight if self.config.tied else self.lm_head.weight
-        return head(self.norm(x_BTD), weight_VD)
+        return None if head is None else head(self.norm(x_BTD), weight_VD)
 
 def last_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """The head of decoding: logits_BV of the last position, in fp32."""
@@ -386,7 +371,7 @@ def find_checkpoint(name: str) -> Path:
     if not os.path.exists(folder):
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
-        if not list(folder.glob(pattern)):
+        if not list(folder.glob(pattern)) and not list(folder.glob(ADAPTERS)):
             stop(f"{folder}: no {pattern} there; give a model's folder with safetensors weights, or a run.")
     return folder
 
@@ -403,7 +388,9 @@ def run_config(name: str) -> dict:
     return {}
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's weights, by its index: some folders hold a second copy of them."""
+    """A checkpoint's weights, by its index: some folders hold a second copy. Adapters follow their base."""
+    if adapters := sorted(folder.glob(ADAPTERS)):
+        return weight_files(folder.parent / "step_000000") + adapters
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted({folder / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
@@ -426,10 +413,25 @@ def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     with refuse_damage(folder):
         with torch.device("meta"):
             model = Transformer(AutoConfig.from_pretrained(folder), name).to(dtype)
+        for file in sorted(folder.glob(ADAPTERS)):
+            rank = json.loads(file.with_name("adapter_config.json").read_text("utf-8"))["r"]
+            model.add_adapter(file.parent.name, rank)
         if (folder / "generation_config.json").exists():
             model.generation = GenerationConfig.from_pretrained(folder)
     set_threads(sum(p.numel() for p in model.parameters()))
     return model
+
+def read_tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, by their names without the prefixes of wrappers."""
+    for key in safe_open(file, "pt").keys():
+        tensor = safe_open(file, "pt").get_tensor(key)  # opened anew: what was read is free again
+        if not tensor.isfinite().all():
+            stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
+        key = re.sub(r"^((_orig_mod|module|model|base_model)\.)+", "", key)
+        if ".lora_" in key:
+            yield key.replace("weight", file.parent.name), tensor.float()  # the name of its adapter
+        elif not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
+            yield key, tensor.to(dtype, copy=True)
 
 def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
     """The weights for a model of `open_empty`, on the CPU. One that is missing or unknown is an error."""
@@ -438,13 +440,7 @@ def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     with refuse_damage(folder):
         for file in weight_files(folder):
-            for key in safe_open(file, "pt").keys():
-                tensor = safe_open(file, "pt").get_tensor(key)  # opened anew: what was read is free again
-                if not tensor.isfinite().all():
-                    stop(f"{file}: {key} holds NaN or infinity; give another checkpoint.")
-                if not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
-                    key = re.sub(r"^((_orig_mod|module|model)\.)+", "", key)  # prefixes of wrappers
-                    weights[key] = tensor.to(model.norm.weight.dtype, copy=True)
+            weights.update(read_tensors(file, model.norm.weight.dtype))
         if model.config.tied and "lm_head.weight" in weights:  # one matrix, under either name or both
             head_VD = weights.pop("lm_head.weight")
             if not torch.equal(head_VD, weights.setdefault("embed_tokens.weight", head_VD)):
@@ -470,8 +466,10 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 def hf_names(key: str) -> list[str]:
     """What is one parameter here, by its names in a checkpoint, without `model.`."""
-    module = key.split(".")[-2]
-    return [key.replace(module, part) for part in FUSED.get(module, [module])]
+    for fused, parts in FUSED.items():
+        if f".{fused}." in key:
+            return [key.replace(fused, part) for part in parts]
+    return [key]
 
 def fuse(weights: dict[str, Tensor]) -> None:
     """Put our parameters in the place of those of a checkpoint, one by one: no second copy of all."""
@@ -480,50 +478,78 @@ def fuse(weights: dict[str, Tensor]) -> None:
             tensors = [weights.pop(key.replace(parts[0], part)) for part in parts]
             weights[key.replace(parts[0], fused)] = torch.cat(tensors)
 
-def unfuse(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def unfuse(weights: dict[str, Tensor], model: Transformer) -> dict[str, Tensor]:
     """The parameters of a Hugging Face checkpoint, under its names, from ours."""
-    rows = {
-        "qkv_proj": [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)],
-        "gate_up_proj": [config.ffn_dim, config.ffn_dim],
-    }
     hf_weights = {}
+    heads = model.layers[0].self_attn.qkv_proj.parts
     for key, tensor in weights.items():
-        module = key.split(".")[-2]
-        pieces = tensor.split(rows[module]) if module in rows else [tensor]
-        for part, piece in zip(hf_names(key), pieces, strict=True):
-            hf_weights[part if module == "lm_head" else f"model.{part}"] = piece
+        names = hf_names(key)
+        unequal = ".qkv_proj." in key and ".lora_A." not in key  # all other parts have as many rows each
+        pieces = tensor.split(heads) if unequal else tensor.chunk(len(names))
+        for part, piece in zip(names, pieces, strict=True):
+            # safetensors refuses tensors that share memory, as slices of a fused matrix do: copy only those
+            if not piece.is_contiguous() or piece.untyped_storage().nbytes() > piece.nbytes:
+                piece = piece.clone(memory_format=torch.contiguous_format)
+            hf_weights[part if part.startswith("lm_head") else f"model.{part}"] = piece
     return hf_weights
+
+def merge(model: Transformer, role: str) -> dict[str, Tensor]:
+    """The weights with the adapter of a role, if it has one, added to them."""
+    model.use(role)
+    weights = {key: tensor for key, tensor in model.state_dict().items() if ".lora_" not in key}
+    for name, module in model.named_modules():
+        if getattr(module, "adapter", ""):
+            weights[f"{name}.weight"] = module.weight + module.adapt(torch.eye(module.in_features)).T
+    return weights
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
          tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a Hugging Face folder: these weights (`model` may be sharded), the configs, the tokenizer."""
     from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
-    hf_weights = {}
-    for key, tensor in unfuse(weights, model.config).items():
-        tensor = tensor.detach()
-        # safetensors refuses tensors that share memory, as slices of a fused matrix do: copy only those
-        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        hf_weights[key] = tensor
-    save_torch_state_dict(hf_weights, folder)
+    write = save_adapters if any(".lora_" in key for key in weights) else save_torch_state_dict
+    write(unfuse(weights, model), folder)
     model.hf_config.architectures = [ARCHITECTURES[model.hf_config.model_type] + "ForCausalLM"]
     model.hf_config.dtype = next(iter(weights.values())).dtype
     model.hf_config.save_pretrained(folder)
     model.generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+def save_adapters(hf_weights: dict[str, Tensor], folder: Path) -> None:
+    """Write adapters as PEFT does, each to a folder of its name. Their base is the start of the run."""
+    from huggingface_hub import save_torch_state_dict
+    for adapter in {key.split(".")[-1] for key in hf_weights}:
+        tensors = {f"base_model.model.{key.removesuffix(adapter)}weight": tensor
+                   for key, tensor in hf_weights.items() if key.endswith(f".{adapter}")}
+        rank = next(len(tensor) for key, tensor in tensors.items() if ".lora_A." in key)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": LORA_SCALE * rank,
+                  "target_modules": sorted({key.split(".")[-3] for key in tensors}),
+                  "base_model_name_or_path": str(folder.absolute().parent / "step_000000")}
+        (folder / adapter).mkdir()
+        save_torch_state_dict(tensors, folder / adapter, filename_pattern="adapter_model{suffix}.safetensors")
+        (folder / adapter / "adapter_config.json").write_text(json.dumps(config, indent=1), "utf-8")
+
 # ---------------------------------------------------------------- the command line
 @torch.no_grad()
 def main() -> None:
-    cli = CommandLine(description="Compare our logits with those of transformers, on random tokens.")
-    cli.add_argument("--model", help="a checkpoint or run folder [a small random Llama]")
+    cli = CommandLine(description="Compare our logits with those of transformers, or merge an adapter.")
+    cli.add_argument("--model", help="a checkpoint or run folder to compare [a small random Llama]")
+    cli.add_argument("--merge", help="a run with adapters: write the model of --role to --out")
+    cli.add_argument("--role", default="defender", help="whose adapter to add [%(default)s]")
+    cli.add_argument("--out", type=Path, help="a new folder for the merged model")
     args = cli.parse_args()
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    name = args.merge or args.model
+    if args.merge and (not args.out or args.out.exists() or args.role not in open_empty(name).adapters):
+        stop(f"--merge {name}: needs an adapter of the {args.role} there, and a new folder as --out.")
     small = LlamaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
-    ours = load(args.model) if args.model else new_model(small, seed=0)
+    ours = load(name) if name else new_model(small, seed=0)
+    weights = merge(ours, args.role)
+    if args.merge:
+        weights = {key: tensor.to(ours.hf_config.dtype) for key, tensor in weights.items()}
+        return save(args.out, weights, ours, AutoTokenizer.from_pretrained(find_checkpoint(name)))
     theirs = AutoModelForCausalLM.from_config(ours.hf_config, dtype=torch.float32).eval()
-    theirs.load_state_dict(unfuse(ours.state_dict(), ours.config), strict=not ours.config.tied)
+    theirs.load_state_dict(unfuse(weights, ours), strict=not ours.config.tied)
     ids_BT = torch.randint(ours.config.vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     ours_BTV = ours(ids_BT, lambda hidden_BTD, weight_VD: hidden_BTD @ weight_VD.T)
     difference = (ours_BTV - theirs(ids_BT).logits).abs().max()

@@ -393,6 +393,7 @@ def main() -> None:
     args = cli.parse_args()
     check_number("temperature", args.temperature, 0, 100)
     model = load(args.model)
+    model.use("defender")
     tokenizer = open_tokenizer(args.model)
     run = run_config(args.model)  # the prompts of its game; other models get the bare question
     prompts = run.get("prompts", {"defend": "{text}", "layout": ""})

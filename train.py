@@ -22,7 +22,7 @@ import time
 import warnings
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -40,8 +40,8 @@ from tqdm import tqdm
 import checkpoint
 from data import pack, read_prompts, read_rows, text_of
 from judge import check_judge, open_judge
-from kernels.logprob import head_bytes, importance_weight
-from model import (Transformer, find_checkpoint, load, newest_step, open_empty, read_weights, refuse_damage,
+from kernels.logprob import importance_weight
+from model import (ADAPTERS, Transformer, find_checkpoint, load, newest_step, open_empty, read_weights,
                    run_config, save, score)
 from sample import Sample, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
@@ -78,7 +78,10 @@ class Config:
     attacks_per_seed: int = opt(1, "paper", "attacks on each seed; in --credit group, 1 teaches no attacker")
     answers_per_attack: int = opt(1, "paper", "answers to an attack; in --credit group, 1 teaches none")
     updates: int = opt(1, "ours", "optimizer updates a step; the official run makes 6")
-    lr: float = opt(5e-7, "paper", "AdamW step size at its peak")
+    lr: float = opt(5e-7, "paper", "AdamW step size at its peak; of adapters see --adapter-rank")
+    adapter_rank: int = opt(0, "ours", "LoRA: train adapters of this rank, not the weights; --lr is then ten "
+                            "times as large, 5e-6 or for toy models 2e-3 (thinkingmachines.ai/blog/lora)")
+    adapters: str = opt("shared", "ours", "one adapter for both roles, or one for each", ("shared", "roles"))
     kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
     clip: float = opt(0.2, "paper", "PPO clip of the ratio")
     temperature: float = opt(1.0, "paper", "of sampling and of scoring")
@@ -99,8 +102,8 @@ class Config:
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
 LIMITS = {  # of a number: by its type, and of some by name
-    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "replay": (0, 1),
-    float: (0, 1_000_000), "temperature": (0.01, 100)}
+    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "adapter_rank": (0, 1024),
+    float: (0, 1_000_000), "temperature": (0.01, 100), "replay": (0, 1)}
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
@@ -121,7 +124,9 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     if args.get("opponent"):  # of a run, the checkpoint that is its newest now
         args["opponent"] = str(newest_step(args["opponent"]))
     rows = [("no GPU", NO_GPU)] * (not torch.cuda.is_available() and "plan" not in args)
-    rows += [("toy world", TOY_WORLD)] * toy.is_toy_model(args.get("model", "toy"))
+    in_toy = toy.is_toy_model(args.get("model", "toy"))
+    rows += [("toy world", TOY_WORLD)] * in_toy
+    rows += [("adapters", {"lr": 2e-3 if in_toy else 5e-6})] * bool(args.get("adapter_rank"))
     judge = args.get("judge", "toy").partition(":")[0]
     out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
     names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
@@ -132,8 +137,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
     changed = [name for name, value in args.items() if name in saved and value != saved[name]]
-    for name in {"model", "opponent"} & set(changed):
-        stop(f"--{name} {args[name]}: the run was begun with {saved[name]}; begin another run for that.")
+    for name in {"model", "opponent", "adapter_rank", "adapters"} & set(changed):
+        stop(f"--{name.replace('_', '-')}: the run was begun with {saved[name]}; begin another run for that.")
     values = {f.name: f.default for f in fields(Config)}
     sources = {f.name: f.metadata["source"] for f in fields(Config)}
     for source, settings in [*rows, ("the run so far", saved), ("command line", args)]:  # later ones win
@@ -158,6 +163,10 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop("--credit group compares turns with one prompt: add --attacks-per-seed or --answers-per-attack.")
     if cfg.attacks and cfg.play != "defender":
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
+    if cfg.adapters == "roles" and not cfg.adapter_rank:
+        stop("--adapters roles: of which size? Add --adapter-rank, such as 16.")
+    if os.path.isdir(cfg.model) and any(newest_step(cfg.model).glob(ADAPTERS)):
+        stop(f"--model {cfg.model} holds adapters; give the folder that python model.py --merge makes of it.")
     if cfg.opponent and (cfg.play == "self" or cfg.attacks):
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks.")
     check_judge(cfg.judge)
@@ -220,11 +229,12 @@ def setup(cfg: Config) -> Ranks:
     return Ranks(int(os.environ.get("RANK", 0)), world, device, compute)
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """Split every layer's parameters among the processes (FSDP2); one in fp32 keeps them as they are."""
+    """Split every layer's parameters among the processes (FSDP2), but no adapters; one in fp32 keeps all."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy(param_dtype=ranks.compute, reduce_dtype=torch.float32)
+    adapters = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     for part in (*model.layers, model) if dist.is_initialized() else ():
-        fully_shard(part, mp_policy=policy)
+        fully_shard(part, mp_policy=policy, ignored_params=adapters)
     return model
 
 def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
@@ -237,6 +247,15 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
     on_main(ranks, lambda: weights.update(read_weights(name, model)))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
+    return model
+
+def add_adapters(model: Transformer, cfg: Config) -> Transformer:
+    """With --adapter-rank, freeze the model and add what learns instead, in full on every rank."""
+    if cfg.adapter_rank:
+        model.requires_grad_(False)
+        roles = PLAYS[cfg.play]
+        for name in roles if cfg.adapters == "roles" else ["-".join(roles)]:
+            model.add_adapter(name, cfg.adapter_rank, cfg.seed)
     return model
 
 @contextmanager
@@ -283,12 +302,12 @@ def log0(ranks: Ranks, text: str) -> None:
     if ranks.rank == 0:
         tqdm.write(text)
 
-def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[int]]:
+def micro_batches(lengths: dict[int, int], ranks: Ranks, budget: int) -> list[list[int]]:
     """
     This rank's micro-batches of row numbers: of similar lengths, one row or at most `budget` padded tokens.
     A pass is a collective: every rank makes as many. The smallest budget that needs no more evens them out.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
 
     def pack_rows(limit: int) -> list[list[int]]:
         batches = []
@@ -305,21 +324,28 @@ def micro_batches(lengths: list[int], ranks: Ranks, budget: int) -> list[list[in
     return [batches[i * ranks.world + places[i % 2]] for i in range(n // ranks.world)]
 
 # ---------------------------------------------------------------- the update
-def packed_batches(rows: list[tuple], cfg: Config, ranks: Ranks) -> Iterator[tuple[list[int], tuple]]:
-    """Numbers and tensors (ids_BT, mask_BT, value_BT ..) of rows (prompt ids, reply ids, token values ..)."""
-    for numbers in micro_batches([len(row[0]) + len(row[1]) for row in rows], ranks, cfg.micro_tokens):
-        batch = [rows[i] for i in numbers]
-        if not batch:  # FSDP needs a forward pass on every rank: a row with an empty mask adds 0
-            batch = [([0, 0], [], *[[]] * (len(rows[0]) - 2))]
-        prompts, replies, *values = zip(*batch, strict=True)
-        yield numbers, pack(prompts, replies, values, ranks.device)
+def packed_batches(model: Transformer, rows: list[tuple], cfg: Config,
+                   ranks: Ranks) -> Iterator[tuple[list[int], tuple]]:
+    """Batches of rows (role, prompt ids, reply ids, token values ..): their numbers, and the tensors."""
+    adapter_lengths = defaultdict(dict)  # {adapter: {row: its length}}
+    for i, (role, prompt, reply, *_) in enumerate(rows):
+        adapter_lengths[model.adapters.get(role)][i] = len(prompt + reply)
+    for lengths in adapter_lengths.values():
+        model.use(rows[min(lengths)][0])  # until the next adapter's batches
+        for numbers in micro_batches(lengths, ranks, cfg.micro_tokens):
+            batch = [rows[i][1:] for i in numbers]
+            if not batch:  # FSDP needs a forward pass on every rank: a row with an empty mask adds 0
+                batch = [([0, 0], [], *[[]] * (len(rows[0]) - 3))]
+            prompts, replies, *values = zip(*batch, strict=True)
+            yield numbers, pack(prompts, replies, values, ranks.device)
 
 @torch.no_grad()
-def rescore(model: Transformer, experiences: list[Experience], cfg: Config, ranks: Ranks) -> list[np.ndarray]:
+def rescore(model: Transformer, experiences: list[Experience], cfg: Config, ranks: Ranks,
+            as_base: bool = False) -> list[np.ndarray]:
     """logprob_T of every reply under a model; the ranks share the work, and each gets the whole result."""
-    rows = [(e.turn.prompt_ids, e.turn.ids) for e in experiences]
+    rows = [("" if as_base else e.turn.role, e.turn.prompt_ids, e.turn.ids) for e in experiences]
     scored = []
-    for numbers, (ids_BT, mask_BT) in packed_batches(rows, cfg, ranks):
+    for numbers, (ids_BT, mask_BT) in packed_batches(model, rows, cfg, ranks):
         logprob_BT, _ = score(model, ids_BT, mask_BT, cfg.temperature)
         for b, i in enumerate(numbers):
             scored.append((i, logprob_BT[b][mask_BT[b]].double().cpu().numpy()))
@@ -333,8 +359,8 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
     n_tokens = sum(len(e.turn.ids) for e in experiences)
     rows, sums = [], []
     for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True):
-        rows.append((e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, e.turn.logprobs))
-    for _, (ids_BT, mask_BT, advantage_BT, old_BT, drawn_BT) in packed_batches(rows, cfg, ranks):
+        rows.append((e.turn.role, e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, e.turn.logprobs))
+    for _, (ids_BT, mask_BT, advantage_BT, old_BT, drawn_BT) in packed_batches(policy, rows, cfg, ranks):
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
             old_BT = logprob_BT.detach()
@@ -347,6 +373,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
                      "entropy": entropy_BT.sum().item(), "mismatch": mismatch_BT.abs().sum().item(),
                      "corrected": (weight_BT != 1).sum().item()})
     sums += supervised_backward(policy, pairs, cfg, ranks)
+    for p in policy.parameters() if policy.adapters and ranks.world > 1 else ():
+        if p.grad is not None:  # adapters are whole on every rank: average them, as FSDP does its shards
+            dist.all_reduce(p.grad.div_(ranks.world))
     norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)  # before clipping
     norm = getattr(norm, "full_tensor", norm.clone)().item()  # of shards; of nothing, if no turn had tokens
     sums.append({"grad_norm": norm / ranks.world})  # every rank has the same, and the log sums over ranks
@@ -362,7 +391,8 @@ def supervised_backward(policy: Transformer, pairs: list[tuple[list[int], list[i
                         ranks: Ranks) -> list[dict[str, float]]:
     """Backward of the supervised term: cross-entropy of the responses, in nats per token."""
     sums, n_tokens = [], sum(len(response) for _, response in pairs)
-    for _, (ids_BT, mask_BT) in packed_batches(pairs, cfg, ranks):
+    rows = [(PLAYS[cfg.play][-1], *pair) for pair in pairs]  # the defender's, if it learns
+    for _, (ids_BT, mask_BT) in packed_batches(policy, rows, cfg, ranks):
         logprob_BT, _ = score(policy, ids_BT, mask_BT)
         loss = -(logprob_BT * mask_BT).sum() / n_tokens
         (loss * cfg.sft_coef * ranks.world).backward()
@@ -374,7 +404,7 @@ def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) ->
     order = stream("pairs", cfg.seed, n).permutation(len(pairs))
     return [pairs[i] for i in order[:max(1, cfg.games * 3 // (4 * cfg.updates))]]
 
-# ---------------------------------------------------------------- a step in numbers, and its memory
+# ---------------------------------------------------------------- a step in numbers
 def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) -> dict[str, float]:
     """Means over the step's updates, or over its tokens; the largest ratio; how many updates were skipped."""
     over = dict.fromkeys(("mismatch", "corrected", "entropy"), max(1, n_tokens)) | {"skipped": 1}
@@ -392,42 +422,6 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
         shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
-
-def show_plan(cfg: Config, n_gpus: int) -> str:
-    """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
-    from transformers import AutoConfig
-    models = []
-    for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
-        with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
-            models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
-    sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
-    c = models[0].config
-    embeddings = 2 * c.vocab * c.dim * (1 if c.tied else 2)
-    layer = (sizes[0] - embeddings) / c.layers
-    # bytes that a token leaves in a layer for the backward pass; recomputed: inputs, and one layer at a time
-    left = 8 * c.dim + 6 * c.ffn_dim + 6 * c.head_dim * (c.heads + c.kv_heads)
-    kept = 2 * c.dim * c.layers + left if cfg.recompute else left * c.layers
-    # a context holds instructions, an attack and an answer; with less memory, fewer games play at a time
-    slots = -(-cfg.games // n_gpus) * (512 + 2 * cfg.max_new_tokens)
-    # where several GPUs share a model, its embeddings stay in full between two passes
-    always = {"weights and Adam moments, fp32": 6 * sizes[0] / n_gpus,
-              "reference, judge, opponent": sum(sizes) / n_gpus + embeddings * (n_gpus > 1)}
-    sizes += sizes[:1] * (cfg.play == "attacker" and not cfg.opponent)  # the reference defends
-    play = {"play: policy, judge, opponent in full": sum(sizes) if n_gpus > 1 else sizes[0],
-            "play: keys and values": 4 * slots * c.layers * c.kv_heads * c.head_dim}
-    update = {"update: gradients, fp32": 2 * sizes[0] / n_gpus,
-              "update: activations": cfg.micro_tokens * (kept + 2 * c.dim),
-              "update: logits": head_bytes(cfg.micro_tokens, c.dim, c.vocab),
-              "update: layers and embeddings in full": 2 * layer + embeddings + 3 * max(layer, embeddings)}
-    peak = sum(always.values()) + max(sum(play.values()), sum(update.values()))
-    # CUDA itself takes up to 3 GB
-    fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
-    plan = always | play | update | {"peak: " + (fits or ["fits no GPU"])[0]: peak}
-    rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
-    text = (f"Disk: {7 * sizes[0] / 2 ** 30:.1f} GiB a checkpoint, {cfg.keep + 1} of them in a save. Host: "
-            f"{2 * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends a run 30 "
-            "s after a signal; if a step and a save take longer, start it with --shutdown-timeout 600.")
-    return "\n".join([f"| {n_gpus} GPUs, bf16 | GiB on each |", "| --- | --- |", *rows, "", text])
 
 # ---------------------------------------------------------------- inputs
 def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
@@ -499,7 +493,8 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
     started = time.time()
     tmp_dir = out / f"partial_{step:06d}"
     # gathered one after the other, on rank 0's CPU alone; the optimizer's state has them in fp32
-    weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = get_model_state_dict(policy, options=options)
     weights = {key: weights.pop(key).to(ranks.compute) for key in list(weights)}
     on_main(ranks, partial(save, tmp_dir, weights, policy, chat.tokenizer))
     problem = checkpoint.save_optimizer(tmp_dir, policy, optimizer)
@@ -520,10 +515,17 @@ def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, st
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
+        model.use(role)
         uniform_NT = uniforms(cfg.seed, step, numbers, int(role == DEFENDER), cfg.max_new_tokens)
         stops, label = stop_ids(model, chat.tokenizer), role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
     return answer
+
+def run_eval(*words: str) -> None:
+    """A command of eval.py, which rests on this file and so is not imported here."""
+    status = subprocess.run([sys.executable, Path(__file__).with_name("eval.py"), *words]).returncode
+    if status:
+        raise SystemExit(status)
 
 def describe(cfg: Config, sources: dict[str, str], summaries: list[str], first: int, ranks: Ranks) -> str:
     """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
@@ -540,8 +542,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg, sources = parse_config(argv)
     check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.plan:
-        print(show_plan(cfg, cfg.plan))
-        return
+        return run_eval("plan", json.dumps(asdict(cfg)))
     import toy
     pools, summaries = read_seeds(cfg)
     ranks = setup(cfg)
@@ -550,7 +551,8 @@ def main(argv: list[str] | None = None) -> None:
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
     chat = toy.open_chat(origin, cfg.cot)
-    policy = open_sharded(origin, torch.float32, ranks) if origin != "toy" else None  # it may be damaged
+    dtype = ranks.compute if cfg.adapter_rank else torch.float32  # of the policy's own weights
+    policy = open_sharded(origin, dtype, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
     opponent = open_sharded(cfg.opponent, ranks.compute, ranks) if cfg.opponent else None
@@ -558,12 +560,13 @@ def main(argv: list[str] | None = None) -> None:
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, sources, summaries, first, ranks))
     if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
-        log0(ranks, show_plan(cfg, ranks.world))
+        on_main(ranks, partial(run_eval, "plan", json.dumps(asdict(cfg) | {"plan": ranks.world})))
 
-    # 0. the start: the SFT model or a checkpoint; a frozen copy of it is the reference
+    # 0. the start: the SFT model or a checkpoint. A frozen copy is the reference, or itself without adapters
     on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
-    policy = policy or open_sharded(str(out / "step_000000"), torch.float32, ranks)
-    reference = open_sharded(str(out / "step_000000"), ranks.compute, ranks)
+    start = str(out / "step_000000")
+    policy = add_adapters(policy or open_sharded(start, dtype, ranks), cfg)
+    reference = policy if cfg.adapter_rank else open_sharded(start, ranks.compute, ranks)
     policy.recompute = cfg.recompute
     frozen = opponent or reference
     attacker_model = frozen if cfg.play == "defender" and cfg.opponent else policy
@@ -598,7 +601,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 3. credit: payoffs, distance to the reference, returns, advantages over the turns of all ranks
         experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
-        reference_logprob = rescore(reference, experiences, cfg, ranks)
+        reference_logprob = rescore(reference, experiences, cfg, ranks, as_base=True)
         advantage, credit_metrics = credit(experiences, reference_logprob, cfg.kl, CREDITS[cfg.credit])
         if cfg.balance:
             advantage = balance_roles(advantage, experiences)
@@ -652,7 +655,7 @@ def main(argv: list[str] | None = None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if ranks.rank == 0 and cfg.exam and not signals:  # in the embedded world the exam, and the curves
-        subprocess.run([sys.executable, Path(__file__).parent / "eval.py", "exam", out], check=True)
+        run_eval("exam", str(out))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a step to finish, Ctrl-C ends at once

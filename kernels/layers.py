@@ -1,19 +1,23 @@
 """
-The layers of a transformer: matrix product, norm, gate and attention.
+The layers of a transformer: matrix product, norm, rotary positions, gate and attention.
 
     matmul_fp32  y_M    = x_D @ weight_MD.T, in fp32
     rms_norm     y_D    = x_D / sqrt(mean_d(x_D^2) + eps) * weight_D                  (arXiv 1910.07467)
+    rotate       pairs of channels by angles that grow with the position              (arXiv 2104.09864)
     swiglu       y      = silu(gate) * up;  gate and up are the two sides of gate_up  (arXiv 2002.05202)
     attend       out_TE = softmax_s(query_TE . key_SE / sqrt(E) + causal mask_TS) @ value_SE
 
-Training, prefill and decoding call the same functions. A CPU runs the formulas as they stand here. On a
-GPU, kernels in layers_triton.py compute the norm, the gate, their gradients, and a decode step's attention.
+Training, prefill and decoding call the same functions. A CPU runs the formulas as they stand here, and
+autograd differentiates them. On a GPU, kernels in layers_triton.py compute the norm, the gate, their
+gradients, and a decode step's attention.
 
     python -m pytest tests/test_kernels.py        # every function against fp64
 
 Shapes: B rows, T positions, S key positions or cache slots, D and M features, H query heads, K key/value
 heads, G = H / K query heads that share a key head, E features of a head.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,37 +48,60 @@ def norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x.float() * inverse_rms(x, eps)).to(x.dtype) * weight_D
 
 class NormFunction(torch.autograd.Function):
-    """rms_norm with its gradients. It keeps x alone, where autograd would keep three matrices."""
+    """rms_norm and its gradients on a GPU. It keeps x alone, where autograd would keep three matrices."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        from kernels import layers_triton   # here, because Triton exists on Linux only
         ctx.save_for_backward(x, weight_D)
         ctx.eps = eps
-        if x.is_cuda:
-            from kernels import layers_triton   # here, because Triton exists on Linux only
-            return layers_triton.rms_norm(x, weight_D, eps)
-        return norm_reference(x, weight_D, eps)
+        return layers_triton.rms_norm(x, weight_D, eps)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        from kernels import layers_triton
         x, weight_D = ctx.saved_tensors
-        if x.is_cuda:
-            from kernels import layers_triton
-            grad_x, grad_weight_D = layers_triton.rms_norm_backward(grad_output, x, weight_D, ctx.eps)
-            return grad_x, grad_weight_D.to(weight_D.dtype), None
-        r = inverse_rms(x, ctx.eps)
-        n = x.float() * r
-        grad_weight_D = (grad_output * n).flatten(0, -2).sum(0)
-        grad_n = (grad_output * weight_D).float()
-        # n does not depend on the magnitude of x, so the gradient has no component along n.
-        grad_x = (grad_n - n * (grad_n * n).mean(-1, keepdim=True)) * r
-        return grad_x.to(x.dtype), grad_weight_D.to(weight_D.dtype), None
+        grad_x, grad_weight_D = layers_triton.rms_norm_backward(grad_output, x, weight_D, ctx.eps)
+        return grad_x, grad_weight_D.to(weight_D.dtype), None
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, in the dtype of x; the root mean square is fp32."""
-    if x.is_cuda or torch.is_grad_enabled():
-        return NormFunction.apply(x, weight_D, eps)
-    return norm_reference(x, weight_D, eps)   # without the 6 us that an autograd function costs
+    return NormFunction.apply(x, weight_D, eps) if x.is_cuda else norm_reference(x, weight_D, eps)
+
+# ---------------------------------------------------------------- rotary positions
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple | None, device: torch.device) -> Tensor:
+    """
+    frequency_E2: radians per position of each pair of channels (Su et al., arXiv 2104.09864).
+
+    Llama 3.1 slows down low frequencies, so that positions beyond the original context look like positions
+    within it. A pair that turns fewer than `low` times over that context is slowed by `factor`, one that
+    turns more than `high` times stays, and in between the two are blended (rope_type "llama3").
+    """
+    exponent_E2 = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequency_E2 = theta ** -exponent_E2
+    if scaling is None:
+        return frequency_E2
+    factor, low, high, original_context = scaling
+    turns_E2 = original_context * frequency_E2 / (2 * math.pi)
+    kept_E2 = ((turns_E2 - low) / (high - low)).clamp(0, 1)  # 1: the frequency stays
+    return frequency_E2 * (kept_E2 + (1 - kept_E2) / factor)
+
+def rotation(position_BT: Tensor, rope: tuple, dtype: torch.dtype) -> Tensor:
+    """rotation_BT2E: cosines and sines of every position's angles; the first half of the sines is negated."""
+    # angles in fp32: bf16 cannot tell position 1000 from 1001
+    angle_BTE = position_BT[..., None].float() * rope_frequencies(*rope, position_BT.device)
+    cos, sin = angle_BTE.cos(), angle_BTE.sin()  # half of E each: a pair shares its angle
+    cos_BTE = torch.cat((cos, cos), dim=-1)
+    sin_BTE = torch.cat((-sin, sin), dim=-1)
+    return torch.stack((cos_BTE, sin_BTE), dim=-2).to(dtype)
+
+def rotate(x_BTHE: Tensor, rotation_BT2E: Tensor) -> Tensor:
+    """Rotate each pair (x[e], x[e + E/2]) by its position's angle: Hugging Face's order of channels."""
+    cos_BT1E, sin_BT1E = rotation_BT2E.split(1, dim=-2)
+    low, high = x_BTHE.chunk(2, dim=-1)  # not neighbours: the two halves of a head
+    swapped_BTHE = torch.cat((high, low), dim=-1)
+    # x * cos + swapped * sin, in place in the copy
+    return swapped_BTHE.mul_(sin_BT1E).addcmul_(x_BTHE, cos_BT1E)
 
 # ---------------------------------------------------------------- gate
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -83,35 +110,22 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 class SwiGLUFunction(torch.autograd.Function):
-    """swiglu with its gradient. It keeps gate_up alone and computes silu(gate) again in the backward pass."""
+    """swiglu and its gradient on a GPU. It keeps gate_up alone, and computes silu(gate) a second time."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
+        from kernels import layers_triton
         ctx.save_for_backward(gate_up)
-        if gate_up.is_cuda:
-            from kernels import layers_triton
-            return layers_triton.swiglu(gate_up)
-        return swiglu_reference(gate_up)
+        return layers_triton.swiglu(gate_up)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        if gate_up.is_cuda:
-            from kernels import layers_triton
-            return layers_triton.swiglu_backward(grad_output, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_up)
-        # Both operators write into grad, so that autograd need not concatenate two gradients.
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
-        torch.mul(F.silu(gate), grad_output, out=grad_up)
-        return grad
+        from kernels import layers_triton
+        return layers_triton.swiglu_backward(grad_output, *ctx.saved_tensors)
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(left side) * right side of the last dimension, [..., 2 * ffn_dim] to [..., ffn_dim]."""
-    if gate_up.is_cuda or torch.is_grad_enabled():
-        return SwiGLUFunction.apply(gate_up)
-    return swiglu_reference(gate_up)
+    return SwiGLUFunction.apply(gate_up) if gate_up.is_cuda else swiglu_reference(gate_up)
 
 # ---------------------------------------------------------------- attention
 def attention_reference(query_BTHE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor) -> Tensor:

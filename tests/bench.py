@@ -215,7 +215,7 @@ class Pair:
             with torch.device(DEVICE):
                 self.theirs = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype)
             self.theirs.requires_grad_(False)
-            weights = unfuse(self.ours.state_dict(), self.ours.config)
+            weights = unfuse(self.ours.state_dict(), self.ours)
             self.theirs.load_state_dict(weights, strict=not config.tie_word_embeddings)
         rng = np.random.default_rng(0)
         self.workload = workload
@@ -263,7 +263,7 @@ class Pair:
     def our_pass(self, replies: list[Sample]) -> int:
         """Score the replies in micro-batches, as train.py does; outside of no_grad, backward as well."""
         lengths = [len(p) + len(r.ids) for p, r in zip(self.prompts, replies, strict=True)]
-        for numbers in micro_batches(lengths, Ranks(0, 1, DEVICE), self.micro_tokens):
+        for numbers in micro_batches(dict(enumerate(lengths)), Ranks(0, 1, DEVICE), self.micro_tokens):
             prompts = [self.prompts[i] for i in numbers]
             ids_BT, mask_BT = pack(prompts, [replies[i].ids for i in numbers], device=DEVICE)
             total = score(self.ours, ids_BT, mask_BT)[0].sum()

@@ -9,7 +9,6 @@ position 0 and are padded on the right. Only `generate` of transformers gets a b
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from transformers import (
 
 import model as m
 from conftest import byte_tokenizer, measured
+from kernels.layers import rope_frequencies
 from model import Cache, last_logits, load, new_model, run_config, save, score, unfuse
 from sample import sample, stop_ids, uniforms
 from data import pack
@@ -156,11 +156,11 @@ def test_llama_3_positions_equal_those_of_transformers_beyond_the_original_conte
 
 
 def test_llama_3_scaling_slows_the_low_frequencies_and_leaves_the_high_ones():
-    unscaled = m.read_config(CONFIGS["llama, untied"], "llama")
+    unscaled = m.read_config(CONFIGS["llama, untied"], "llama").rope
     # slowed by 4 below 1 turn over a context of 64 positions, as before above 4 turns
-    scaled = replace(unscaled, rope_scaling=(4.0, 1.0, 4.0, 64.0))
-    unscaled_E2 = m.rope_frequencies(unscaled, torch.device("cpu"))
-    ratio_E2 = m.rope_frequencies(scaled, torch.device("cpu")) / unscaled_E2
+    scaled = (*unscaled[:2], (4.0, 1.0, 4.0, 64.0))
+    unscaled_E2 = rope_frequencies(*unscaled, torch.device("cpu"))
+    ratio_E2 = rope_frequencies(*scaled, torch.device("cpu")) / unscaled_E2
     torch.testing.assert_close(ratio_E2[-1], torch.tensor(1 / 4))
     assert ratio_E2[0] == 1
     assert (ratio_E2.diff() <= 0).all()
@@ -454,7 +454,7 @@ def test_a_saved_folder_opens_in_transformers_bit_for_bit(name, tmp_path, tokeni
     ours = new_model(CONFIGS[name], seed=3)
     save(tmp_path, ours.state_dict(), ours, tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    hf_weights = unfuse(ours.state_dict(), ours.config)
+    hf_weights = unfuse(ours.state_dict(), ours)
     if ours.config.tied:  # transformers lists a tied output matrix, the checkpoint does not hold it
         del theirs["lm_head.weight"]
     assert theirs.keys() == hf_weights.keys()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import checkpoint
+import eval
 import sample as sampling
 import train
 from conftest import byte_tokenizer, measured
@@ -225,7 +226,8 @@ def test_balance_changes_nothing_where_one_role_plays(tiny):
 def test_every_row_is_on_exactly_one_rank_and_all_ranks_make_equally_many_passes(world):
     for n in range(0, 12):
         lengths = np.random.default_rng(n).integers(1, 30, size=n).tolist()
-        shares = [micro_batches(lengths, Ranks(rank, world, CPU), 40) for rank in range(world)]
+        shares = [micro_batches(dict(enumerate(lengths)), Ranks(rank, world, CPU), 40)
+                  for rank in range(world)]
         batches = [batch for share in shares for batch in share]
         assert sorted(row for batch in batches for row in batch) == list(range(n))
         assert len({len(share) for share in shares}) == 1
@@ -244,7 +246,7 @@ def test_the_rank_with_most_to_do_does_at_most_115_percent_of_the_mean(world):
         lengths = drawn.clip(20, 4000).astype(int).tolist()
         work = []
         for rank in range(world):
-            batches = filter(None, micro_batches(lengths, Ranks(rank, world, CPU), 16384))
+            batches = filter(None, micro_batches(dict(enumerate(lengths)), Ranks(rank, world, CPU), 16384))
             work.append(sum(len(batch) * max(lengths[row] for row in batch) for batch in batches))
         worst = max(worst, max(work) / np.mean(work))
         padding.append(sum(work) / sum(lengths))
@@ -254,8 +256,8 @@ def test_the_rank_with_most_to_do_does_at_most_115_percent_of_the_mean(world):
 
 def test_an_empty_micro_batch_weighs_nothing(tiny):
     """One row on two ranks: the second rank passes, too, because FSDP's passes are collectives."""
-    row = ([5, 6], [7, 8], [0.5, -0.5])
-    (numbers, tensors), = train.packed_batches([row], Config(), Ranks(1, 2, CPU))
+    row = (DEFENDER, [5, 6], [7, 8], [0.5, -0.5])
+    (numbers, tensors), = train.packed_batches(tiny, [row], Config(), Ranks(1, 2, CPU))
     ids_BT, mask_BT, advantage_BT = tensors
     logprob_BT, _ = score(tiny, ids_BT, mask_BT)
     loss = policy_loss(logprob_BT, logprob_BT.detach(), advantage_BT, mask_BT, 1, 0.2)
@@ -682,7 +684,7 @@ def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_i
 def plan(config, folder, n_gpus=1, **settings):
     """The rows of `--plan`, in GiB, for a policy of this config. They are rounded to 0.1 GiB."""
     config.save_pretrained(folder)
-    table = train.show_plan(Config(model=str(folder), judge="keywords", **settings), n_gpus)
+    table = eval.show_plan(Config(model=str(folder), judge="keywords", **settings), n_gpus)
     cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("|")]
     return {name: float(size) for name, size in cells}
 
@@ -725,7 +727,7 @@ def test_the_plan_counts_the_frozen_start_where_it_defends_and_nothing_twice_on_
     by_play = {play: plan(SEVEN_BILLION, tmp_path, 8, play=play)[name] for play in ("self", "attacker")}
     assert by_play["attacker"] == pytest.approx(2 * by_play["self"], abs=0.11)
     judged = Config(model=str(tmp_path), judge=f"wildguard:{tmp_path}", precision="bf16")
-    alone, shared = (re.search(rf"{name} \| (\S+)", train.show_plan(judged, n_gpus)) for n_gpus in (1, 8))
+    alone, shared = (re.search(rf"{name} \| (\S+)", eval.show_plan(judged, n_gpus)) for n_gpus in (1, 8))
     assert float(alone[1]) == by_play["self"], "the judge is there already"
     assert float(shared[1]) == pytest.approx(2 * by_play["self"], abs=0.11)
 
@@ -733,7 +735,7 @@ def test_the_plan_counts_the_frozen_start_where_it_defends_and_nothing_twice_on_
 def test_the_plan_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
     (tmp_path / "latest").write_text("step_000003")
     rows = plan(SEVEN_BILLION, tmp_path / "step_000003")
-    table = train.show_plan(Config(model=str(tmp_path), judge="keywords"), 1)
+    table = eval.show_plan(Config(model=str(tmp_path), judge="keywords"), 1)
     assert all(f"| {name} | {size:.1f} |" in table for name, size in rows.items())
 
 
