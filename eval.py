@@ -33,11 +33,11 @@ from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, differe
                    short, start_of, weights_hash)
 from checkpoint import append_rows, game_record
 from data import read_prompts, read_rows, text_of
-from judge import Verdict, check_judge
+from judge import Verdict, check_judge, mean
 from kernels import CommandLine, check_number, stop
 from kernels.logprob import head_bytes
 from model import Transformer, newest_step, refuse_damage, run_config
-from selfplay import Seed, mean, play
+from selfplay import Seed, play
 from train import Config, add_adapters
 
 EXAM = toy.exam()  # the held-out pairs in disguise
@@ -371,7 +371,8 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
     from transformers import AutoConfig
     models = []
-    for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], cfg.opponent)):
+    opponent = cfg.opponent if cfg.play != "self" else cfg.model * bool(cfg.opponent and not cfg.adapter_rank)
+    for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], opponent)):
         with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
             models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
     sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
@@ -409,7 +410,7 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
 
 def main_plan(args: Namespace) -> None:
     cfg = Config(**json.loads(args.models[0]))
-    print(show_plan(cfg, cfg.plan))
+    print(show_plan(cfg, cfg.plan or int(os.environ.get("WORLD_SIZE", 1))))
 
 # ---------------------------------------------------------------- the command line
 def main_exam(args: Namespace) -> None:

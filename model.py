@@ -62,20 +62,16 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
 
-# The model types whose formulas are in this file, and what transformers calls their classes.
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # classes
 ROPE_FIELDS = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                          "original_max_position_embeddings")}
-# Config fields that this file reads
 READ = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "attention_bias",
-        "tie_word_embeddings", "initializer_range", "eos_token_id"}
-# Fields of which it implements this one value
+        "tie_word_embeddings", "initializer_range", "eos_token_id"}  # config fields that this file reads
 ONE_VALUE = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-             "sliding_window": None, "quantization_config": None}
-# Fields that change no formula
+             "sliding_window": None, "quantization_config": None}  # of these it implements one value
 NO_EFFECT = {"bos_token_id", "pad_token_id", "use_cache", "max_position_embeddings", "max_window_layers",
-             "pretraining_tp"}
+             "pretraining_tp"}  # fields that change no formula
 
 def unsupported_fields(hf_config: PreTrainedConfig) -> dict[str, object]:
     """Fields of a config that ask for what is not implemented. What transformers does not read is ignored."""
@@ -117,7 +113,6 @@ class Cache:
     """
     Keys and values of every layer in one block. Row b holds its tokens in slots 0 .. length_B[b] - 1, and
     after a prefill padding up to the longest row's.
-
     A pass over T > 1 tokens (prefill) writes the last T slots of every row. A pass over one token (a decode
     step) writes slot length_B[b] of row b: rows differ in length, nothing moves, a GPU's host need not know.
     """
@@ -168,14 +163,11 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 class Linear(nn.Linear):
-    """
-    x @ weight.T + bias over the last dimension, and what the active adapter adds (LoRA, arXiv 2106.09685).
-    A fused matrix is several, with parts[i] rows: each has its own rows of A, as many as the rank.
-    """
+    """x @ weight.T + bias over the last dimension, and what the active adapter adds (LoRA)."""
 
     def __init__(self, dim: int, parts: list[int], bias: bool):
         super().__init__(dim, sum(parts), bias)
-        self.parts = parts
+        self.parts = parts  # rows of the matrices that are fused into this one; each has an A of its own
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # by the adapter's name
         self.adapter = ""  # the active one; none
 
@@ -183,7 +175,7 @@ class Linear(nn.Linear):
         """Skip init: weights are loaded, or drawn by `new_model`."""
 
     def adapt(self, x: Tensor) -> Tensor:
-        """2 * x @ A.T @ B.T of the active adapter, part by part, in the dtype of x."""
+        """2 * x @ A.T @ B.T, part by part, in the dtype of x (Hu et al., arXiv 2106.09685)."""
         hidden = LORA_SCALE * F.linear(x, self.lora_A[self.adapter].to(x.dtype))
         b_parts = self.lora_B[self.adapter].to(x.dtype).split(self.parts)
         pairs = zip(hidden.chunk(len(b_parts), dim=-1), b_parts, strict=True)
@@ -199,8 +191,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # rows: H query heads, then K key heads, then K value heads
-        rows = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+        rows = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]  # q, k, v
         self.qkv_proj = Linear(config.dim, rows, bias=config.qkv_bias)
         self.o_proj = Linear(config.heads * config.head_dim, [config.dim], bias=config.o_bias)
         if config.qk_norm:
@@ -292,7 +283,6 @@ class Transformer(nn.Module):
         """
         Run the layers and return head(hidden_BTD, weight_VD). Rows start at position 0 and are padded on the
         right, so a plain causal mask is all they need: no token looks to its right.
-
         With a cache, ids_BT follow what each row holds (see Cache). Without a head, only the cache is filled,
         and the last layer stops after its keys and values. The head runs inside this call because a sharded
         model (FSDP) holds its output matrix in full only here.
@@ -432,6 +422,16 @@ def read_tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
             yield key.replace("weight", file.parent.name), tensor.float()  # the name of its adapter
         elif not key.endswith("rotary_emb.inv_freq"):  # computed here, never read
             yield key, tensor.to(dtype, copy=True)
+
+def read_adapter(folder: Path, model: Transformer, name: str) -> str:
+    """Give the adapter `name` the values of one in a checkpoint. Returns `name`, or "" if there is none."""
+    if not folder.exists():
+        return ""
+    weights = dict(read_tensors(folder / "adapter_model.safetensors", torch.float32))
+    fuse(weights)
+    for key, tensor in weights.items():
+        model.get_parameter(key.replace(folder.name, name)).data.copy_(tensor)
+    return name
 
 def read_weights(name: str, model: Transformer) -> dict[str, Tensor]:
     """The weights for a model of `open_empty`, on the CPU. One that is missing or unknown is an error."""

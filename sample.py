@@ -16,11 +16,11 @@ import re
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -173,6 +173,16 @@ CACHE_SHARE = 0.7      # of a GPU's free memory, for a batch; prefill takes of t
 PREFILL_SLOTS = {"cpu": 1_024, "cuda": 16_384}  # rows x slots of one prefill pass
 MIN_PREFIX = 32        # tokens; a shorter shared prefix saves less than its own pass costs
 
+def batches_within(rows: Iterable[int], lengths: Sequence[int] | dict[int, int],
+                   max_tokens: int) -> list[list[int]]:
+    """Rows, longest first, in batches of one row or at most so many tokens, padding included."""
+    batches = []
+    for row in rows:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
 class PrefillPass(NamedTuple):
     """Prompts that run together, longest first, by their number; all begin with the tokens of `prefix`."""
     prefix: tuple[int, ...]
@@ -184,13 +194,9 @@ def plan_prefill(prompts: list[tuple[int, ...]], prefixes: Sequence[list[int]],
     usable = sorted((tuple(p) for p in prefixes if len(p) >= MIN_PREFIX), key=len, reverse=True)
     prefix_N = [next((p for p in usable if prompt[:-1][:len(p)] == p), ()) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda n: (prefix_N[n], -len(prompts[n]), prompts[n]))
-    passes: deque[PrefillPass] = deque()
-    for n in order:
-        is_new = not passes or passes[-1].prefix != prefix_N[n]
-        if is_new or (len(passes[-1].numbers) + 1) * len(prompts[passes[-1].numbers[0]]) > max_slots:
-            passes.append(PrefillPass(prefix_N[n], []))
-        passes[-1].numbers.append(n)
-    return passes
+    lengths = list(map(len, prompts))
+    return deque(PrefillPass(prefix, batch) for prefix, numbers in groupby(order, key=prefix_N.__getitem__)
+                 for batch in batches_within(numbers, lengths, max_slots))
 
 def prefill(model: Transformer, texts: list[tuple[int, ...]], prefix: Cache | None) -> Cache:
     """A cache of these token lists, longest first; all begin with the tokens of `prefix`, a single row."""
@@ -218,7 +224,7 @@ class PromptQueue:
         self.prefix: tuple[int, ...] = ()             # of the newest pass
         self.prefix_cache: Cache | None = None
         self.cache: Cache | None = None
-        self.ready: deque[tuple[int, int]] = deque()  # (prompt number, row of self.cache)
+        self.ready = deque()  # (prompt number, row of self.cache)
 
     def run_next_pass(self) -> None:
         """Prefill the next pass: all but the last token of each prompt, which the first decode step runs."""
@@ -226,7 +232,7 @@ class PromptQueue:
         if current.prefix != self.prefix:
             self.prefix = current.prefix
             self.prefix_cache = prefill(self.model, [self.prefix], None) if self.prefix else None
-        row_of: dict[tuple[int, ...], int] = {}
+        row_of = {}
         for n in current.numbers:
             row_of.setdefault(self.prompts[n][:-1], len(row_of))
         self.cache = prefill(self.model, list(row_of), self.prefix_cache)

@@ -13,6 +13,7 @@ never do. `play` calls the players and the judge; all other functions depend on 
 Change ENGLISH (prompts), REWARDS or `payoffs`, CREDITS (return to advantage), `game_metrics` (the log).
 """
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from kernels import CommandLine   # before numpy and torch, which read the OpenMP setting in there
 import numpy as np
 
-from judge import Exchange, Judge, Verdict, judge_answers, keywords
+from judge import Exchange, Judge, Verdict, judge_answers, keywords, mean
 from sample import (PLACEHOLDER, Sample, after_thought, chat_template, fill_template, stream, tagged_ids,
                     template_prefix, visible)
 
@@ -314,12 +315,12 @@ def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], co
     The turns of these roles, in game order. Unreadable games, ties and empty turns are left out. The turn of
     an attack that several answers share earns the mean of their games.
     """
-    earned: dict[int, list[tuple[Game, Turn, float]]] = {}   # by the identity of the turn
+    earned = defaultdict(list)   # by the identity of the turn: its games and what each paid
     for game in games:
         paid = payoffs(game, rewards) if game.verdict.readable else {}
         for turn in (game.attacker, game.defender):
             if turn and turn.role in roles and turn.ids and paid.get(turn.role) is not None:
-                earned.setdefault(id(turn), []).append((game, turn, paid[turn.role]))
+                earned[id(turn)].append((game, turn, paid[turn.role]))
     experiences = []
     for shared in earned.values():
         game, turn, _ = shared[0]
@@ -330,9 +331,9 @@ def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], co
 
 def groups_of(experiences: list[Experience]) -> list[list[int]]:
     """Numbers of the turns with one prompt: answers to one attack or raw seed, or attacks on one seed."""
-    groups: dict[tuple, list[int]] = {}
+    groups = defaultdict(list)
     for n, e in enumerate(experiences):
-        groups.setdefault((e.turn.role, *e.turn.prompt_ids), []).append(n)
+        groups[e.turn.role, *e.turn.prompt_ids].append(n)
     return list(groups.values())
 
 def returns(reward: float, logprob_T: np.ndarray, reference_T: np.ndarray, beta: float) -> np.ndarray:
@@ -352,9 +353,9 @@ def whiten(values: list[np.ndarray], experiences: list[Experience], floor: float
     `floor` where that is larger.
     """
     kinds = [kind(e) for e in experiences]
-    tokens = {}
+    tokens = defaultdict(list)
     for k, value_T in zip(kinds, values, strict=True):
-        tokens.setdefault(k, []).extend(value_T)
+        tokens[k].extend(value_T)
     centre = {k: np.mean(tokens_N) for k, tokens_N in tokens.items()}
     scale = {k: max(np.std(tokens_N), floor) for k, tokens_N in tokens.items()}
     return [(value_T - centre[k]) / scale[k] for value_T, k in zip(values, kinds, strict=True)]
@@ -374,6 +375,12 @@ def leave_one_out(values: list[np.ndarray], experiences: list[Experience]) -> li
 def has_contrast(group: list[int], experiences: list[Experience]) -> bool:
     """Not all turns of the group earned the same."""
     return len({experiences[n].payoff + experiences[n].shaping for n in group}) > 1
+
+def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
+    """Advantages with which both roles weigh the same in the loss, however long the other one talks."""
+    n_tokens = Counter(e.turn.role for e in experiences for _ in e.turn.ids)
+    return [advantage_T * n_tokens.total() / n_tokens[e.turn.role]
+            for advantage_T, e in zip(advantage, experiences, strict=True)]
 
 # (returns of a step's turns, the turns) -> advantages. The official one makes every step equally loud: where
 # all payoffs are equal it blows up the KL term, and a stray forfeit counts as much as a win.
@@ -404,11 +411,6 @@ def credit(experiences: list[Experience], reference: list[np.ndarray], beta: flo
     return advantages_of(gains, experiences), metrics
 
 # ---------------------------------------------------------------- what happened in a step
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are not None, or None if there are none."""
-    numbers = [value for value in values if value is not None]
-    return float(np.mean(numbers)) if numbers else None
-
 def payoff_sum(game: Game, rewards: Rewards) -> float:
     """The payoffs of both roles added up; 0 if the game is not legal or a tie."""
     paid = payoffs(game, rewards).values()
@@ -453,8 +455,8 @@ def nothing_happened(games: list[Game]) -> str:
 def show_game(game: Game, rewards: Rewards) -> str:
     """One whole game as text, with the thoughts of both players."""
     word = {True: "yes", False: "no", None: "none"}
-    label = "harmful" if game.seed.harmful else "benign"
-    lines = [f"game {game.number}: a {label} seed{', rewritten' if game.attacker else ''}",
+    lines = [f"game {game.number}: a {'harmful' if game.seed.harmful else 'benign'} seed"
+             f"{', rewritten' if game.attacker else ''}",
              f"  seed       {game.seed.text}"]
     if game.attacker:
         attack = game.attacker.reply
@@ -481,9 +483,9 @@ def demo() -> str:
                 "a story, fine </think> <answer> take a pin, then pop it </answer>")
     shown = []
     for number, text in enumerate(defences):
-        defender = Turn(DEFENDER, [], [], [], parse_reply(text))
-        verdict = keywords([Exchange(attack.answer, defender.reply.answer, seed.harmful)])[0]
-        game = Game(number, seed, attacker, attack.answer, defender, verdict)
+        reply = parse_reply(text)
+        verdict = keywords([Exchange(attack.answer, reply.answer, seed.harmful)])[0]
+        game = Game(number, seed, attacker, attack.answer, Turn(DEFENDER, [], [], [], reply), verdict)
         shown.append(show_game(game, REWARDS["zero_sum"]))
     return "\n\n".join(shown)
 

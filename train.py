@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,69 +41,72 @@ import checkpoint
 from data import pack, read_prompts, read_rows, text_of
 from judge import check_judge, open_judge
 from kernels.logprob import importance_weight
-from model import (ADAPTERS, Transformer, find_checkpoint, load, newest_step, open_empty, read_weights,
-                   run_config, save, score)
-from sample import Sample, sample, stop_ids, stream, uniforms
+from model import (ADAPTERS, Transformer, find_checkpoint, load, newest_step, open_empty, read_adapter,
+                   read_weights, refuse_damage, run_config, save, score)
+from sample import Sample, batches_within, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
-                      credit, experiences_of, game_metrics, nothing_happened, parse_reply, play, replay,
-                      seed_pools, seeds_for_step, show_game)
+                      balance_roles, credit, experiences_of, game_metrics, nothing_happened, parse_reply,
+                      play, replay, seed_pools, seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
 # ---------------------------------------------------------------- configuration
-PLAYS = {"self": (ATTACKER, DEFENDER), "attacker": (ATTACKER,), "defender": (DEFENDER,)}  # who learns
+ROLES = ATTACKER, DEFENDER
+PLAYS = {"self": ROLES, "attacker": ROLES[:1], "defender": ROLES[1:]}  # who learns
 
-def opt(default: object, source: str, help: str, choices: Iterable | None = None) -> Field:
+def opt(source: str, default: object, help: str, choices: Iterable | None = None) -> Field:
     return field(default=default, metadata={"source": source, "help": help, "choices": choices})
+
+paper, ours = partial(opt, "paper"), partial(opt, "ours")  # the sources of defaults
 
 @dataclass(frozen=True)
 class Config:
     """Every flag: its default, where that comes from, what it means. Ranks divide --games among them."""
-    model: str = opt("toy", "ours", "folder of a checkpoint or run, or hub name; toy: made here by SFT")
-    judge: str = opt("toy", "ours", "toy, a name in judge.JUDGES, or FORMAT:MODEL (judge.FORMATS)")
-    seeds: list[str] = opt((), "ours", "files of seeds; a column labels them, or harmful=FILE benign=FILE")
-    play: str = opt("self", "paper", "attacker: against the frozen start; defender: raw seeds", PLAYS)
-    opponent: str = opt("", "ours", "a checkpoint that plays the role that does not learn, frozen")
-    attacks: str = opt("", "ours", "recorded attacks, such as a games.jsonl, for --play defender")
-    reward: str = opt("zero_sum", "ours", "payoff table in selfplay.py", REWARDS)
-    credit: str = opt("centred", "ours", "what becomes of returns; the official run: reinforce++", CREDITS)
-    balance: bool = opt(False, "ours", "let both roles weigh the same in the loss, however long they talk")
-    replay: float = opt(0.0, "ours", "share of raw games that ask a past attack of this run, if it has any")
-    replay_won: bool = opt(False, "ours", "with --replay: only attacks that won, as often as they did")
-    cot: bool = opt(True, "paper", "think in private before writing")
-    sft: str = opt("", "paper", "a JSONL file of prompt/response pairs for a supervised term")
-    sft_coef: float = opt(1.0, "paper", "weight of the supervised term")
-    steps: int = opt(200, "paper", "rounds of play and update")
-    games: int = opt(128, "paper", "games a step, over all ranks; a multiple of 4 x attacks x answers")
-    attacks_per_seed: int = opt(1, "paper", "attacks on each seed; in --credit group, 1 teaches no attacker")
-    answers_per_attack: int = opt(1, "paper", "answers to an attack; in --credit group, 1 teaches none")
-    updates: int = opt(1, "ours", "optimizer updates a step; the official run makes 6")
-    lr: float = opt(5e-7, "paper", "AdamW step size at its peak; of adapters see --adapter-rank")
-    adapter_rank: int = opt(0, "ours", "LoRA: train adapters of this rank, not the weights; --lr is then ten "
-                            "times as large, 5e-6 or for toy models 2e-3 (thinkingmachines.ai/blog/lora)")
-    adapters: str = opt("shared", "ours", "one adapter for both roles, or one for each", ("shared", "roles"))
-    kl: float = opt(0.01, "paper", "what a nat of log-ratio to the reference costs")
-    clip: float = opt(0.2, "paper", "PPO clip of the ratio")
-    temperature: float = opt(1.0, "paper", "of sampling and of scoring")
-    max_new_tokens: int = opt(2048, "paper", "longest reply in tokens")
-    micro_tokens: int = opt(16384, "ours", "most tokens, padding included, in one pass of one rank")
-    sft_steps: int = opt(600, "ours", "supervised updates of the toy model before it plays")
-    seed: int = opt(0, "ours", "of everything random")
-    save_every: int = opt(100, "paper", "steps between checkpoints; the last step is always saved")
-    keep: int = opt(5, "ours", "newest checkpoints that stay, besides step_000000")
-    exam: bool = opt(True, "ours", "end with the held-out exam of the embedded world, and with the curves")
-    out: str = opt("", "ours", "run folder [runs/JUDGE-PLAY-SEED]")
-    resume: bool = opt(False, "ours", "continue the run in --out, with its settings")
-    precision: str = opt("bf16", "paper", "of arithmetic; master weights are fp32", ("bf16", "fp32"))
-    recompute: bool = opt(True, "ours", "compute activations again in the backward pass: less memory")
-    plan: int = opt(0, "ours", "do not train: print what each of this many GPUs would have to hold")
+    model: str = ours("toy", "folder of a checkpoint or run, or hub name; toy: made here by SFT")
+    judge: str = ours("toy", "toy, a name in judge.JUDGES, or FORMAT:MODEL (judge.FORMATS)")
+    seeds: list[str] = ours((), "files of seeds; a column labels them, or harmful=FILE benign=FILE")
+    play: str = paper("self", "attacker: against the frozen start; defender: raw seeds", PLAYS)
+    opponent: str = ours("", "who plays a role that does not learn: a checkpoint; in self-play, one role in "
+                             "turn: past, or a file of eval.py crossplay, whose equilibrium draws one")
+    opponent_share: float = ours(0.5, "share of the steps of self-play that have an --opponent")
+    attacks: str = ours("", "recorded attacks, such as a games.jsonl, for --play defender")
+    reward: str = ours("zero_sum", "payoff table in selfplay.py", REWARDS)
+    credit: str = ours("centred", "what becomes of returns; the official run: reinforce++", CREDITS)
+    balance: bool = ours(False, "let both roles weigh the same in the loss, however long they talk")
+    replay: float = ours(0.0, "share of raw games that ask a past attack of this run, if it has any")
+    replay_won: bool = ours(False, "with --replay: only attacks that won, as often as they did")
+    cot: bool = paper(True, "think in private before writing")
+    sft: str = paper("", "a JSONL file of prompt/response pairs for a supervised term")
+    sft_coef: float = paper(1.0, "weight of the supervised term")
+    steps: int = paper(200, "rounds of play and update")
+    games: int = paper(128, "games a step, over all ranks; a multiple of 4 x attacks x answers")
+    attacks_per_seed: int = paper(1, "attacks on each seed; in --credit group, 1 teaches no attacker")
+    answers_per_attack: int = paper(1, "answers to an attack; in --credit group, 1 teaches none")
+    updates: int = ours(1, "optimizer updates a step; the official run makes 6")
+    lr: float = paper(5e-7, "AdamW step size at its peak; of adapters see --adapter-rank")
+    adapter_rank: int = ours(0, "LoRA: train adapters of this rank, not the weights; --lr is then ten "
+                             "times as large, 5e-6 or for toy models 2e-3 (thinkingmachines.ai/blog/lora)")
+    adapters: str = ours("shared", "one adapter for both roles, or one for each", ("shared", "roles"))
+    kl: float = paper(0.01, "what a nat of log-ratio to the reference costs")
+    clip: float = paper(0.2, "PPO clip of the ratio")
+    temperature: float = paper(1.0, "of sampling and of scoring")
+    max_new_tokens: int = paper(2048, "longest reply in tokens")
+    micro_tokens: int = ours(16384, "most tokens, padding included, in one pass of one rank")
+    sft_steps: int = ours(600, "supervised updates of the toy model before it plays")
+    seed: int = ours(0, "of everything random")
+    save_every: int = paper(100, "steps between checkpoints; the last step is always saved")
+    keep: int = ours(5, "newest checkpoints that stay, besides step_000000")
+    exam: bool = ours(True, "end with the held-out exam of the embedded world, and with the curves")
+    out: str = ours("", "run folder [runs/JUDGE-PLAY-SEED]")
+    resume: bool = ours(False, "continue the run in --out, with its settings")
+    precision: str = paper("bf16", "of arithmetic; master weights are fp32", ("bf16", "fp32"))
+    recompute: bool = ours(True, "compute activations again in the backward pass: less memory")
+    plan: int = ours(0, "do not train: print what each of this many GPUs would have to hold")
 
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
 TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
-LIMITS = {  # of a number: by its type, and of some by name
-    int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "adapter_rank": (0, 1024),
-    float: (0, 1_000_000), "temperature": (0.01, 100), "replay": (0, 1)}
+LIMITS = {"adapter_rank": (0, 1024), "temperature": (0.01, 100), "replay": (0, 1), "opponent_share": (0, 1)}
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
@@ -117,41 +120,41 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
         cli.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
 
-def parse_config(argv: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """The configuration, and for each field where its value comes from."""
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Flags win over the settings of the run that is resumed, and those over the defaults."""
     args = parse_args(argv)
     import toy
     if args.get("opponent"):  # of a run, the checkpoint that is its newest now
         args["opponent"] = str(newest_step(args["opponent"]))
-    rows = [("no GPU", NO_GPU)] * (not torch.cuda.is_available() and "plan" not in args)
     in_toy = toy.is_toy_model(args.get("model", "toy"))
-    rows += [("toy world", TOY_WORLD)] * in_toy
-    rows += [("adapters", {"lr": 2e-3 if in_toy else 5e-6})] * bool(args.get("adapter_rank"))
-    judge = args.get("judge", "toy").partition(":")[0]
-    out = Path(args.get("out", f"runs/{judge}-{args.get('play', 'self')}-{args.get('seed', 0)}"))
-    names = {f.name for f in fields(Config)} - {"out", "resume", "plan"}
+    defaults = {f.name: f.default for f in fields(Config)}
+    if not torch.cuda.is_available() and "plan" not in args:
+        defaults |= NO_GPU
+    if in_toy:
+        defaults |= TOY_WORLD
+    if args.get("adapter_rank"):
+        defaults["lr"] = 2e-3 if in_toy else 5e-6
+    name = f"{args.get('judge', 'toy').partition(':')[0]}-{args.get('play', 'self')}-{args.get('seed', 0)}"
+    out = Path(args.get("out", f"runs/{name}"))
+    names = defaults.keys() - {"out", "resume", "plan"}
     resumes = args.get("resume") and checkpoint.newest_complete(out)  # else there is nothing to go on from
     saved = {name: value for name, value in run_config(str(out)).items() if resumes and name in names}
     if resumes and not saved:
         stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
-    changed = [name for name, value in args.items() if name in saved and value != saved[name]]
-    for name in {"model", "opponent", "adapter_rank", "adapters"} & set(changed):
-        stop(f"--{name.replace('_', '-')}: the run was begun with {saved[name]}; begin another run for that.")
-    values = {f.name: f.default for f in fields(Config)}
-    sources = {f.name: f.metadata["source"] for f in fields(Config)}
-    for source, settings in [*rows, ("the run so far", saved), ("command line", args)]:  # later ones win
-        values |= settings
-        sources |= dict.fromkeys(settings, source)
-    sources |= {name: f"command line; was {saved[name]}" for name in changed}
-    return Config(**values | {"out": str(out)}), sources
+    for name in {"model", "opponent", "adapter_rank", "adapters"} & args.keys() & saved.keys():
+        if args[name] != saved[name]:
+            stop(f"--{name.replace('_', '-')} {args[name]}: the run was begun with {saved[name]}; begin "
+                 "another run for that.")
+    return Config(**defaults | saved | args | {"out": str(out)})
 
 def check_config(cfg: Config, world_size: int) -> None:
     """Refuse what cannot run, before any work and before anything is written."""
     for f in fields(Config):
-        if f.type in (int, float):
-            check_number(f.name, getattr(cfg, f.name), *LIMITS.get(f.name, LIMITS[f.type]))
+        if f.type in (int, float):  # a count may be 0 where that is its default
+            least = min(f.default, 1) if f.type is int else 0
+            check_number(f.name, getattr(cfg, f.name), *LIMITS.get(f.name, (least, 2 ** 31 - 1)))
     if cfg.plan:
         return
     import toy
@@ -167,8 +170,10 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop("--adapters roles: of which size? Add --adapter-rank, such as 16.")
     if os.path.isdir(cfg.model) and any(newest_step(cfg.model).glob(ADAPTERS)):
         stop(f"--model {cfg.model} holds adapters; give the folder that python model.py --merge makes of it.")
-    if cfg.opponent and (cfg.play == "self" or cfg.attacks):
-        stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks.")
+    mixes = cfg.opponent == "past" or cfg.opponent.endswith(".json")
+    if cfg.opponent and (mixes != (cfg.play == "self") or cfg.attacks):
+        stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks. "
+             "--opponent past, and FILE.json of eval.py crossplay, are for --play self.")
     check_judge(cfg.judge)
     if not cfg.resume and not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
         stop(f"--model {cfg.model} needs seeds, and a judge that reads them: add --seeds harmful=FILE "
@@ -187,14 +192,6 @@ def policy_loss(logprob_BT: Tensor, old_BT: Tensor, advantage_BT: Tensor, mask_B
     # the minimum has no gradient where the ratio has left the clip and a further move would gain
     gain_BT = torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
     return -(gain_BT * mask_BT).sum() / n_tokens
-
-def balance_roles(advantage: list[np.ndarray], experiences: list[Experience]) -> list[np.ndarray]:
-    """Advantages with which both roles weigh the same in the loss, however long the other one talks."""
-    n_tokens = Counter()
-    for e in experiences:
-        n_tokens[e.turn.role] += len(e.turn.ids)
-    return [advantage_T * n_tokens.total() / n_tokens[e.turn.role]
-            for advantage_T, e in zip(advantage, experiences, strict=True)]
 
 def step_size(cfg: Config, n: int) -> float:
     """Learning rate of update n: warm-up over 3 % of the run, then a cosine from the peak to 10 % of it."""
@@ -249,9 +246,12 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
     set_model_state_dict(model, weights, options=options)
     return model
 
+open_other = lru_cache(maxsize=1)(open_sharded)  # an opponent that stays is read once
+
 def add_adapters(model: Transformer, cfg: Config) -> Transformer:
     """With --adapter-rank, freeze the model and add what learns instead, in full on every rank."""
     if cfg.adapter_rank:
+        model.add_adapter("past", cfg.adapter_rank)  # that of an opponent, also frozen
         model.requires_grad_(False)
         roles = PLAYS[cfg.play]
         for name in roles if cfg.adapters == "roles" else ["-".join(roles)]:
@@ -309,14 +309,7 @@ def micro_batches(lengths: dict[int, int], ranks: Ranks, budget: int) -> list[li
     """
     order = sorted(lengths, key=lambda i: (-lengths[i], i))
 
-    def pack_rows(limit: int) -> list[list[int]]:
-        batches = []
-        for row in order:
-            if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > limit:
-                batches.append([])
-            batches[-1].append(row)
-        return batches
-
+    pack_rows = partial(batches_within, order, lengths)
     n = -(-len(pack_rows(budget)) // ranks.world) * ranks.world
     batches = pack_rows(bisect_left(range(budget), True, key=lambda limit: len(pack_rows(limit)) <= n))
     batches += [[]] * (n - len(batches))
@@ -357,9 +350,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
            ranks: Ranks) -> list[dict[str, float]]:
     """One optimizer update, skipped if a loss or the gradient is not finite. Returns sums for the log."""
     n_tokens = sum(len(e.turn.ids) for e in experiences)
-    rows, sums = [], []
-    for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True):
-        rows.append((e.turn.role, e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, e.turn.logprobs))
+    rows = [(e.turn.role, e.turn.prompt_ids, e.turn.ids, advantage_T, old_T, e.turn.logprobs)
+            for e, old_T, advantage_T in zip(experiences, old, advantage, strict=True)]
+    sums = []
     for _, (ids_BT, mask_BT, advantage_BT, old_BT, drawn_BT) in packed_batches(policy, rows, cfg, ranks):
         logprob_BT, entropy_BT = score(policy, ids_BT, mask_BT, cfg.temperature)
         if cfg.updates == 1:  # the old policy is the policy itself: the ratio is exactly 1
@@ -370,8 +363,9 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: l
         (loss * ranks.world).backward()  # FSDP averages over ranks, and we want the sum
         ratio_BT = (logprob_BT.detach() - old_BT).exp() * mask_BT
         sums.append({"loss": loss.item(), "ratio_max": ratio_BT.max().item(),
-                     "entropy": entropy_BT.sum().item(), "mismatch": mismatch_BT.abs().sum().item(),
-                     "corrected": (weight_BT != 1).sum().item()})
+                     "entropy": entropy_BT.sum().item() / n_tokens,
+                     "mismatch": mismatch_BT.abs().sum().item() / n_tokens,
+                     "corrected": (weight_BT != 1).sum().item() / n_tokens})
     sums += supervised_backward(policy, pairs, cfg, ranks)
     for p in policy.parameters() if policy.adapters and ranks.world > 1 else ():
         if p.grad is not None:  # adapters are whole on every rank: average them, as FSDP does its shards
@@ -405,13 +399,12 @@ def draw_pairs(pairs: list[tuple[list[int], list[int]]], cfg: Config, n: int) ->
     return [pairs[i] for i in order[:max(1, cfg.games * 3 // (4 * cfg.updates))]]
 
 # ---------------------------------------------------------------- a step in numbers
-def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) -> dict[str, float]:
-    """Means over the step's updates, or over its tokens; the largest ratio; how many updates were skipped."""
-    over = dict.fromkeys(("mismatch", "corrected", "entropy"), max(1, n_tokens)) | {"skipped": 1}
-    total = Counter(dict.fromkeys(("loss", *over), 0.0))
+def update_metrics(sums: list[dict[str, float]], updates: int) -> dict[str, float]:
+    """Means over the step's updates, and the largest ratio."""
+    total = Counter(dict.fromkeys(("loss", "mismatch", "corrected", "entropy", "skipped"), 0.0))
     for part in sums:
         total.update(part)  # adds
-    metrics = {key: value / over.get(key, updates) for key, value in total.items()}
+    metrics = {key: value / updates for key, value in total.items()}
     return metrics | {"ratio_max": max(part.get("ratio_max", 0.0) for part in sums)}
 
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
@@ -419,7 +412,7 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     shown = [f"step {step:4d}/{steps}"]
     for label, key in (("attack won", "asr"), ("raw", "asr_raw"), ("over-refusal", "over_refusal"),
                        ("benign answers", "benign_answered"), ("forfeit", "forfeit")):
-        shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
+        shown.append(f"{label} {'--' if metrics[key] is None else format(metrics[key], '.0%'):>4}")
     shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
@@ -452,10 +445,33 @@ def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int
         stop(f"{cfg.sft}: holds no pairs; give a file with at least one.")
     return pairs
 
+def read_mixtures(cfg: Config) -> dict[str, tuple[list[Path], list[float]]]:
+    """For each role the checkpoints of a file of eval.py crossplay, and their weights at its equilibrium."""
+    if not cfg.opponent.endswith(".json"):
+        return {}
+    with refuse_damage(Path(cfg.opponent)):
+        results = json.loads(Path(cfg.opponent).read_text("utf-8"))
+        folders = [find_checkpoint(name) for name in results["cells"]]
+        return {role: (folders, results["equilibrium"][role]) for role in ROLES}
+
+def frozen_players(cfg: Config, mixtures: dict[str, tuple], step: int) -> dict[str, Path]:
+    """Who plays the roles that do not learn in this step. PSRO is Lanctot et al., arXiv 1711.00832."""
+    random, role = stream("opponent", cfg.seed, step), ROLES[step % 2]
+    own = [folder for folder in checkpoint.checkpoints(Path(cfg.out))
+           if checkpoint.step_number(folder) in range(0, step + 1, cfg.save_every)]
+    if cfg.play == "attacker":
+        return {DEFENDER: Path(cfg.opponent) if cfg.opponent else own[0]}
+    if not cfg.opponent or cfg.play == "self" and random.random() >= cfg.opponent_share:
+        return {}
+    if cfg.play == "defender":
+        return {ATTACKER: Path(cfg.opponent)}
+    folders, weights = mixtures.get(role, (own, None))
+    return {role: folders[random.choice(len(folders), p=weights)]}
+
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
     """Refuse replies that a context of so many tokens cannot hold. A defender's prompt holds an attack."""
-    seeds = [seed for pool in pools for seed in pool]
-    seeds.sort(key=lambda seed: -len(seed.text.encode()))  # in bytes: nearly the order in tokens
+    # longest first in bytes, which is nearly the order in tokens
+    seeds = sorted(sum(pools, []), key=lambda seed: -len(seed.text.encode()))
     revised = [seed for seed in seeds if seed.revise][:8]
     left = [context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8]]
     if revised:  # a defender's context holds an attack and an answer, each as long as a reply may be
@@ -511,11 +527,22 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
 MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened, before it stops
 
-def make_player(model: Transformer, role: str, chat: ChatFormat, cfg: Config, step: int,
+def open_player(role: str, folder: Path | None, policy: Transformer, reference: Transformer, cfg: Config,
+                ranks: Ranks) -> tuple[Transformer, str]:
+    """Who plays a role, the policy or a frozen checkpoint: a model, and the name of its adapter."""
+    if not folder:
+        return policy, role
+    if folder == Path(cfg.out, "step_000000"):
+        return reference, ""
+    if cfg.adapter_rank and folder.parent == Path(cfg.out):
+        return policy, read_adapter(folder / policy.adapters[role], policy, "past")
+    return open_other(str(folder), ranks.compute, ranks), role
+
+def make_player(model: Transformer, adapter: str, role: str, chat: ChatFormat, cfg: Config, step: int,
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
-        model.use(role)
+        model.use(adapter)
         uniform_NT = uniforms(cfg.seed, step, numbers, int(role == DEFENDER), cfg.max_new_tokens)
         stops, label = stop_ids(model, chat.tokenizer), role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
@@ -527,22 +554,27 @@ def run_eval(*words: str) -> None:
     if status:
         raise SystemExit(status)
 
-def describe(cfg: Config, sources: dict[str, str], summaries: list[str], first: int, ranks: Ranks) -> str:
-    """The configuration, with the origin of every value; the files, and what is not as it was or seems."""
-    lines = [f"  {f.name:15s} {str(getattr(cfg, f.name)):28s} {sources[f.name]}" for f in fields(Config)]
+def describe(cfg: Config, summaries: list[str], first: int, ranks: Ranks) -> str:
+    """The configuration and the files, and what is not as it was when the run began."""
+    before = run_config(cfg.out)
+    lines = []
+    for name, value in asdict(cfg).items():
+        changed = name != "resume" and before.get(name, value) != value
+        lines.append(f"  {name:18s} {value}{f', was {before[name]}' if changed else ''}")
     lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})")
-    before = run_config(cfg.out).get("files", summaries)
-    lines += [f"  {line}{'' if line in before else ' - NOT as when the run began'}" for line in summaries]
+    lines += [f"  {line}{'' if line in before.get('files', summaries) else ' - NOT as when the run began'}"
+              for line in summaries]
     if first >= cfg.steps:
         lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
     return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> None:
     """Refuse bad input before the run folder is touched; then repeat the numbered phases of a step."""
-    cfg, sources = parse_config(argv)
+    cfg = parse_config(argv)
     check_config(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    settings = json.dumps(asdict(cfg))
     if cfg.plan:
-        return run_eval("plan", json.dumps(asdict(cfg)))
+        return run_eval("plan", settings)
     import toy
     pools, summaries = read_seeds(cfg)
     ranks = setup(cfg)
@@ -555,12 +587,14 @@ def main(argv: list[str] | None = None) -> None:
     policy = open_sharded(origin, dtype, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
     check_lengths(cfg, pools, chat, context)
-    opponent = open_sharded(cfg.opponent, ranks.compute, ranks) if cfg.opponent else None
+    mixtures = read_mixtures(cfg)
+    if cfg.opponent and cfg.play != "self":
+        open_other(cfg.opponent, ranks.compute, ranks)
     judge = open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks), gathered)
     pairs = read_sft(cfg, chat, context)
-    log0(ranks, describe(cfg, sources, summaries, first, ranks))
+    log0(ranks, describe(cfg, summaries, first, ranks))
     if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
-        on_main(ranks, partial(run_eval, "plan", json.dumps(asdict(cfg) | {"plan": ranks.world})))
+        on_main(ranks, partial(run_eval, "plan", settings))
 
     # 0. the start: the SFT model or a checkpoint. A frozen copy is the reference, or itself without adapters
     on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
@@ -568,39 +602,40 @@ def main(argv: list[str] | None = None) -> None:
     policy = add_adapters(policy or open_sharded(start, dtype, ranks), cfg)
     reference = policy if cfg.adapter_rank else open_sharded(start, ranks.compute, ranks)
     policy.recompute = cfg.recompute
-    frozen = opponent or reference
-    attacker_model = frozen if cfg.play == "defender" and cfg.opponent else policy
-    defender_model = frozen if cfg.play == "attacker" else policy
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay and ranks.rank == 0 else []
-    past = gather_list(checkpoint.past_attacks([row for _, row in logged], cfg.replay_won), ranks)
-    skipped = 0                       # updates in a row
-    dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has
+    logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay else []
+    past = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
+    skipped = 0        # updates in a row
+    alive = first > 0  # something has happened in a game
+    rewards = REWARDS[cfg.reward]
 
     caught, signals = checkpoint.catch_signals(), []
     for step in range(first, cfg.steps):
-        started = time.time()
-        # 1. seeds: the same on every rank; each plays its slice. Attacker-only play has no use for raw seeds
+        started, done = time.time(), step + 1
+        # 1. seeds: the same on every rank; each plays its slice. Raw ones teach nobody but the defender
         group = cfg.attacks_per_seed * cfg.answers_per_attack
         seeds = seeds_for_step(pools, cfg.games, cfg.seed, step, group)
         seeds = replay(seeds, past, cfg.replay, cfg.seed, step, group)
         mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
-        mine = [n for n in mine if cfg.play != "attacker" or seeds[n].revise]
+        frozen = frozen_players(cfg, mixtures, step)
+        learn = [role for role in PLAYS[cfg.play] if role not in frozen]
+        mine = [n for n in mine if DEFENDER in learn or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
-        with gathered(attacker_model), gathered(defender_model):  # in self-play twice the same: harmless
-            attacker = make_player(attacker_model, ATTACKER, chat, cfg, step, ranks)
-            defender = make_player(defender_model, DEFENDER, chat, cfg, step, ranks)
+        players = {role: open_player(role, frozen.get(role), policy, reference, cfg, ranks) for role in ROLES}
+        with gathered(players[ATTACKER][0]), gathered(players[DEFENDER][0]):  # twice the same: harmless
+            attacker, defender = (make_player(*player, role, chat, cfg, step, ranks)
+                                  for role, player in players.items())
             games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge,
                          cfg.answers_per_attack)
         games = gather_list(games, ranks)
         played = time.time()
 
         # 3. credit: payoffs, distance to the reference, returns, advantages over the turns of all ranks
-        experiences = experiences_of(games, REWARDS[cfg.reward], PLAYS[cfg.play], cfg.cot)
+        experiences = experiences_of(games, rewards, learn, cfg.cot)
         reference_logprob = rescore(reference, experiences, cfg, ranks, as_base=True)
         advantage, credit_metrics = credit(experiences, reference_logprob, cfg.kl, CREDITS[cfg.credit])
         if cfg.balance:
@@ -620,35 +655,34 @@ def main(argv: list[str] | None = None) -> None:
 
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
-        n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
-        played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward])
-        metrics = {"step": step + 1, **played_metrics, **credit_metrics,
-                   "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates),
+        n_learnt, now = sum(len(e.turn.ids) for e in experiences), time.time()
+        metrics = {"step": done, **game_metrics(games, experiences, rewards), **credit_metrics,
+                   "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, cfg.updates),
                    "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
-                   "train_tokens_per_s": n_tokens / (now - played)}
+                   "train_tokens_per_s": n_learnt / (now - played)}
         warning = nothing_happened(games)
-        log0(ranks, step_line(step + 1, cfg.steps, metrics, warning))
-        records = [checkpoint.game_record(game, step + 1) for game in games]
+        log0(ranks, step_line(done, cfg.steps, metrics, warning))
+        records = [checkpoint.game_record(game, done) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
         past += checkpoint.past_attacks(records, cfg.replay_won)
-        if (step + 1) % 25 == 0 or step + 1 == cfg.steps:
-            shown = [game for game in games if game.attacker][:2] or games[:2]
-            log0(ranks, "\n" + "\n\n".join(show_game(g, REWARDS[cfg.reward]) for g in shown) + "\n")
+        if done % 25 == 0 or done == cfg.steps:
+            log0(ranks, "\n" + "\n\n".join(show_game(g, rewards) for g in games[:2]) + "\n")
         if skipped >= MAX_SKIPPED:
-            stop_all(ranks, f"step {step + 1}: {skipped} updates in a row had a loss or gradient that is not "
+            stop_all(ranks, f"step {done}: {skipped} updates in a row had a loss or gradient that is not "
                             f"finite. Read the last games in {out}/games.jsonl; lower --lr and --resume.")
-        dead = dead + len(games) if warning else -math.inf
-        if dead >= MAX_DEAD_GAMES:
-            stop_all(ranks, f"step {step + 1}: {warning} in the first {dead} games. Read {out}/games.jsonl, "
+        alive = alive or not warning
+        if not alive and done * len(games) >= MAX_DEAD_GAMES:
+            stop_all(ranks, f"step {done}: {warning} since the start. Read {out}/games.jsonl, "
                             "then change --model or --judge, or try --no-cot.")
 
         # 6. save
         signals = gather_list(caught, ranks)  # any rank's will do
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or signals:
-            save_checkpoint(out, step + 1, policy, optimizer, chat, cfg.keep, ranks)
+        if done % cfg.save_every == 0 or done == cfg.steps or signals:
+            keep = done if cfg.opponent == "past" else cfg.keep  # all of them may be asked to play
+            save_checkpoint(out, done, policy, optimizer, chat, keep, ranks)
         if signals:
-            log0(ranks, f"{signals[0]}: stopped after step {step + 1} of {cfg.steps}; go on with --resume.")
+            log0(ranks, f"{signals[0]}: stopped after step {done} of {cfg.steps}; go on with --resume.")
             break
 
     checkpoint.on_stop_signals(signal.SIG_DFL)

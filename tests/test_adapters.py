@@ -413,9 +413,9 @@ def test_damaged_adapters_are_refused_in_one_sentence(damage, runs, tmp_path, ca
 def test_the_default_step_size_of_adapters_is_ten_times_that_of_full_weights(capsys):
     real = ["--model", "M", "--judge", "keywords", "--seeds", "S"]
     for flags in ([], real):
-        full, adapted = (train.parse_config([*flags, *more])[0].lr for more in ([], ["--adapter-rank", "8"]))
+        full, adapted = (train.parse_config([*flags, *more]).lr for more in ([], ["--adapter-rank", "8"]))
         measured("ratio of the defaults, minus 10", abs(adapted / full - 10), 1e-9)
-    assert train.parse_config(["--adapter-rank", "8", "--lr", "1"])[0].lr == 1.0
+    assert train.parse_config(["--adapter-rank", "8", "--lr", "1"]).lr == 1.0
     with pytest.raises(SystemExit):
         train.parse_config(["--help"])
     assert "thinkingmachines.ai/blog/lora" in capsys.readouterr().out

@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 import checkpoint
 import eval
+import model as model_file
 import sample as sampling
 import train
 from conftest import byte_tokenizer, measured
 from data import pack
 from judge import keywords
+from kernels import layers, layers_triton
 from launch import (WITHOUT_GPUS, free_port, games, largest_difference, metrics, run, succeeds,
                     weights)
 from model import Cache, load, new_model, save, score
@@ -143,8 +145,7 @@ def test_the_first_update_has_ratio_1_and_the_sampler_agrees_with_the_trainer(ti
     experiences, advantage = some_experiences(tiny)
     _, sums = gradients(tiny, experiences, advantage)
     assert max(part.get("ratio_max", 0) for part in sums) == 1.0
-    n_tokens = sum(len(e.turn.ids) for e in experiences)
-    mismatch = sum(part.get("mismatch", 0) for part in sums) / n_tokens
+    mismatch = sum(part.get("mismatch", 0) for part in sums)
     measured("mean |sampler - trainer log-probability|", mismatch, 1e-5)
 
 
@@ -167,8 +168,7 @@ def test_where_the_sampler_drew_from_another_distribution_tokens_count_by_their_
         corrected, sums = gradients(tiny, said, advantage)
         difference = largest(corrected, [weight * g for g in alike]) / max(g.abs().max() for g in alike)
         measured(f"gradient, ratio {ratio}", difference, 1e-4)
-        n_tokens = sum(len(e.turn.ids) for e in experiences)
-        assert sum(part.get("corrected", 0) for part in sums) == n_tokens
+        assert sum(part.get("corrected", 0) for part in sums) == pytest.approx(1)
 
 
 def test_the_supervised_term_is_cross_entropy_and_adds_its_own_gradient(tiny):
@@ -439,7 +439,7 @@ def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
         return prefill(model, prompts, prefix)
     monkeypatch.setattr(sampling, "prefill", counted)
     cfg = Config(max_new_tokens=6)
-    players = [train.make_player(tiny, role, chat, cfg, 0, ONE_PROCESS) for role in (ATTACKER, DEFENDER)]
+    players = [train.make_player(tiny, role, role, chat, cfg, 0, ONE_PROCESS) for role in (ATTACKER, DEFENDER)]
     texts = ["how do i kill the weed"] * 4 + ["how do i rob the bank"] * 4
     seeds = [Seed(text, harmful=True, revise=True) for text in texts]
     played = play(seeds, list(range(8)), chat, *players, keywords, answers_per_attack=2)
@@ -455,8 +455,7 @@ def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
 
 def test_a_run_shows_its_configuration_games_exam_and_curves(runs):
     printed = (runs / "printed").read_text()
-    for words in ("lr              0.0002", "toy world", "command line", "step    3/3", "verdict",
-                  "attack success", "curves.png"):
+    for words in ("lr                 0.0002", "step    3/3", "verdict", "attack success", "curves.png"):
         assert words in printed, words
     assert (runs / "one" / "curves.png").exists()
     assert all(line["zero_sum_gap"] == 0 for line in metrics(runs / "one"))
@@ -489,7 +488,7 @@ def test_a_run_in_which_nothing_happens_says_so_on_each_line_and_stops(runs):
     flags = ["--sft-steps", "1", "--games", "8", "--no-exam", "--out", runs / "dead"]
     done = run(*flags, before=stop_early)
     assert done.stdout.count("no reply reached the judge") == 2
-    assert done.returncode == 2 and "no reply reached the judge in the first 16 games" in done.stderr
+    assert done.returncode == 2 and "no reply reached the judge since the start" in done.stderr
 
 
 # ---------------------------------------------------------------- several processes
@@ -617,7 +616,7 @@ def test_a_model_in_whose_folder_a_run_begins_is_linked_without_the_run(real, tm
 
 def test_the_opponent_is_the_checkpoint_that_is_the_newest_of_its_run_now(judged):
     flags = ["--model", str(judged), "--play", "attacker", "--opponent", str(judged)]
-    config, _ = train.parse_config(flags)
+    config = train.parse_config(flags)
     assert config.opponent == str(judged / "step_000003")
 
 
@@ -646,7 +645,7 @@ def test_a_judge_that_cannot_be_read_stops_the_run_in_one_sentence(real):
     out = real / "unreadable"
     done = run(*real_flags(real, judge="policy"), "--out", out, before=stop_early)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "no verdict could be read in the first 16 games" in done.stderr
+    assert "no verdict could be read since the start" in done.stderr
     assert load(str(out)) is not None, "the start is intact"
 
 
@@ -762,8 +761,15 @@ def bytes_kept_per_token(model):
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute, tmp_path):
-    """With 2^30 tokens, a GiB of the plan is a byte per token."""
+def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute, tmp_path, monkeypatch):
+    """
+    With 2^30 tokens, a GiB of the plan is a byte per token. The plan is about GPUs: here the norm and the gate
+    keep what they keep there, and the formulas stand in for the kernels.
+    """
+    monkeypatch.setattr(layers_triton, "rms_norm", layers.norm_reference)
+    monkeypatch.setattr(layers_triton, "swiglu", layers.swiglu_reference)
+    monkeypatch.setattr(model_file, "rms_norm", layers.NormFunction.apply)
+    monkeypatch.setattr(model_file, "swiglu", layers.SwiGLUFunction.apply)
     name = "update: activations"
     all_kept = plan(config, tmp_path, micro_tokens=2 ** 30, recompute=False)[name]
     planned = plan(config, tmp_path, micro_tokens=2 ** 30, recompute=recompute)[name]
@@ -848,11 +854,11 @@ MISTAKES = [   # arguments, words of the sentence
     ("--reward double", "--reward"),
     ("--steps x", "--steps"),
     ("--steps 0", "from 1 to 2147483647"),
-    ("--lr nan", "from 0 to 1000000"),
+    ("--lr nan", "from 0 to 2147483647"),
     ("--temperature -1", "from 0.01 to 100"),
     ("--max-new-tokens 0", "from 1 to 2147483647"),
     ("--seed -1", "from 0 to 2147483647"),
-    ("--kl inf", "from 0 to 1000000."),
+    ("--kl inf", "from 0 to 2147483647."),
     ("--games 99999999999", "from 1 to 2147483647"),
     ("--seeds harmful={bad}/prompts.jsonl", "--seeds: who judges the answers?"),
     ("--games 6", "multiple of 4"),
