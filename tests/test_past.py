@@ -1,0 +1,253 @@
+"""
+--opponent past: in a share of the steps, one role in turn is played by an earlier checkpoint of the run.
+
+Rock-paper-scissors shows what it is for: three kinds of attack, three guards, and an equilibrium that is
+known, a third each. Two policies that follow their latest opponent go round in circles.
+"""
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import toy
+import train
+from conftest import measured
+from launch import games, largest_difference, metrics, run, succeeds, weights
+from model import ADAPTERS as ADAPTER_FILES
+from model import load
+from selfplay import ATTACKER, DEFENDER, Seed
+from test_train import ONE_PROCESS
+from train import ROLES, Config, frozen_players
+
+
+def with_checkpoints(out, steps):
+    for step in steps:
+        (out / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+# ---------------------------------------------------------------- who plays
+
+def test_every_earlier_checkpoint_is_drawn_as_often_and_the_roles_take_turns(tmp_path):
+    cfg = Config(out=str(with_checkpoints(tmp_path, range(0, 50, 10))), save_every=10, opponent="past",
+                 opponent_share=1.0)
+    drawn = [frozen_players(cfg, {}, step) for step in range(40, 2040)]
+    for step, players in enumerate(drawn, 40):
+        assert list(players) == [ROLES[step % 2]]
+    counts = np.unique([folder.name for players in drawn for folder in players.values()], return_counts=True)
+    assert counts[0].tolist() == [f"step_{step:06d}" for step in range(0, 50, 10)]
+    error = np.abs(counts[1] - 400).max() / (2000 * 0.2 * 0.8) ** 0.5
+    measured("largest count minus 400, in deviations", error, 4)
+
+
+def test_a_step_knows_no_later_checkpoint_and_none_that_a_signal_left(tmp_path):
+    """So a run that was stopped and resumed meets whom an undisturbed one meets."""
+    cfg = Config(out=str(with_checkpoints(tmp_path, (0, 10, 13, 20, 30))), save_every=10, opponent="past",
+                 opponent_share=1.0)
+    drawn = [frozen_players(replace(cfg, seed=seed), {}, 20) for seed in range(50)]
+    names = {folder.name for players in drawn for folder in players.values()}
+    assert names == {"step_000000", "step_000010", "step_000020"}
+
+
+def test_the_share_is_that_of_the_steps(tmp_path):
+    cfg = Config(out=str(with_checkpoints(tmp_path, [0])), opponent="past", opponent_share=0.3)
+    share = np.mean([bool(frozen_players(cfg, {}, step)) for step in range(2000)])
+    measured("share minus 0.3, in deviations of a mean", abs(share - 0.3) / (0.3 * 0.7 / 2000) ** 0.5, 4)
+
+
+def test_without_opponents_only_the_frozen_start_plays_a_role(tmp_path):
+    out = with_checkpoints(tmp_path, (0, 100))
+    assert frozen_players(Config(out=str(out)), {}, 150) == {}
+    assert frozen_players(Config(out=str(out), play="defender"), {}, 150) == {}
+    assert frozen_players(Config(out=str(out), play="attacker"), {}, 150) == {DEFENDER: out / "step_000000"}
+
+
+def crossplay_file(file, weights_of):
+    """What eval.py crossplay writes, but for the cells: checkpoints and each role's equilibrium."""
+    names = [str(name) for name in weights_of]
+    mixtures = {role: [pair[i] for pair in weights_of.values()] for i, role in enumerate(ROLES)}
+    file.write_text(json.dumps({"cells": dict.fromkeys(names, {}), "equilibrium": mixtures}))
+    return file
+
+
+def test_crossplays_equilibrium_draws_each_roles_checkpoint_by_its_weight(tmp_path, sft_run):
+    start = sft_run / "step_000000"
+    shutil.copytree(start, tmp_path / "other")
+    file = crossplay_file(tmp_path / "x.json", {start: (1.0, 0.25), tmp_path / "other": (0.0, 0.75)})
+    cfg = Config(out=str(with_checkpoints(tmp_path / "run", [0])), opponent=str(file), opponent_share=1.0)
+    mixtures = train.read_mixtures(cfg)
+    drawn = {role: [] for role in ROLES}
+    for step in range(2000):
+        for role, folder in frozen_players(cfg, mixtures, step).items():
+            drawn[role].append(folder == start)
+    assert all(drawn[ATTACKER])
+    error = abs(np.mean(drawn[DEFENDER]) - 0.25) / (0.25 * 0.75 / 1000) ** 0.5
+    measured("share of a weight of 0.25, in deviations", error, 4)
+
+
+# ---------------------------------------------------------------- rock-paper-scissors
+
+# of the attacker, by its kind and the defender's guard
+PAYOFF = torch.tensor([[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
+KL = 0.2
+
+
+def exploitability_at_the_end(out, share, seed, steps=1500):
+    """
+    What best responses gain against the two latest policies, added, as a mean over the last quarter. They are
+    softmax policies of three logits; AdamW follows the exact gradient of payoff minus KL * KL to the start.
+    """
+    cfg = Config(out=str(out), save_every=25, opponent="past" * (share > 0), opponent_share=share, seed=seed)
+    logits = {ATTACKER: torch.tensor([1.0, 0, 0]), DEFENDER: torch.tensor([0, 0.5, 0])}
+    optimizers = {}
+    for role, logit_3 in logits.items():
+        optimizers[role] = torch.optim.AdamW([logit_3.requires_grad_()], 0.05, (0.9, 0.95), weight_decay=0.0)
+    saved, gains = {}, []
+    for step in range(steps):
+        policies = {role: logit_3.softmax(-1) for role, logit_3 in logits.items()}
+        if step % cfg.save_every == 0:
+            folder = with_checkpoints(out, [step]) / f"step_{step:06d}"
+            saved[folder] = {role: policy_3.detach() for role, policy_3 in policies.items()}
+        frozen = frozen_players(cfg, {}, step)
+        met = {role: saved[frozen[role]][role] if role in frozen else policies[role].detach()
+               for role in ROLES}
+        values = {ATTACKER: PAYOFF @ met[DEFENDER], DEFENDER: -met[ATTACKER] @ PAYOFF}
+        for role in ROLES:
+            if role not in frozen:
+                kl = (policies[role] * (policies[role] * 3).log()).sum()
+                (KL * kl - policies[role] @ values[role]).backward()
+                optimizers[role].step()
+                optimizers[role].zero_grad()
+        attacker, defender = (logits[role].detach().softmax(-1) for role in ROLES)
+        gains.append(((PAYOFF @ defender).max() - (attacker @ PAYOFF).min()).item())
+    return float(np.mean(gains[-steps // 4:]))
+
+
+def test_in_rock_paper_scissors_the_latest_policies_cycle_and_the_past_calms_them(tmp_path):
+    """
+    0 is the equilibrium, 2 is two pure strategies. It takes a KL term and most of the steps: with a KL of
+    0.05, or against the past alone (share 1), policies are no calmer than without.
+    """
+    latest = exploitability_at_the_end(tmp_path / "latest", 0.0, 0)
+    past = [exploitability_at_the_end(tmp_path / f"past_{seed}", 0.8, seed) for seed in range(2)]
+    print(f"\n    latest only {latest:.2f}, past in 80 % of the steps {past[0]:.2f}, {past[1]:.2f}", end="")
+    assert latest > 1.0
+    measured("the past's share of it", max(past) / latest, 0.4)
+
+
+# ---------------------------------------------------------------- runs
+
+FLAGS = ["--games", "8", "--seed", "5", "--no-exam", "--steps", "8", "--save-every", "2", "--lr", "1e-3",
+         "--opponent", "past", "--opponent-share", "0.7", "--keep", "2"]
+KINDS = {"weights": [], "shared": ["--adapter-rank", "4"],
+            "roles": ["--adapter-rank", "4", "--adapters", "roles"]}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+two_kinds = pytest.mark.parametrize("kind", ["weights", "roles"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, sft_run):
+    """A folder with a run of each kind."""
+    folder = tmp_path_factory.mktemp("past")
+    shutil.copytree(sft_run, folder / "sft")
+    FLAGS.extend(["--model", folder / "sft" / "step_000000"])
+    for kind, flags in KINDS.items():
+        succeeds(*FLAGS, *flags, "--out", folder / kind)
+    return folder
+
+
+def config_of(out):
+    settings = json.loads((out / "config.json").read_text())
+    return Config(**{name: value for name, value in settings.items() if name not in ("prompts", "files")})
+
+
+@each_kind
+def test_only_the_live_role_learns_in_a_step_against_the_past(kind, runs):
+    """A role that does not learn has no reward in the log; raw seeds are asked of a defender that learns."""
+    cfg = config_of(runs / kind)
+    met = [frozen_players(cfg, {}, step) for step in range(8)]
+    assert {role for players in met for role in players} == set(ROLES), "choose another seed"
+    for line, players in zip(metrics(runs / kind), met, strict=True):
+        for role in ROLES:
+            assert (line[f"payoff_deviation_{role}"] is None) == (role in players)
+        played = [game for game in games(runs / kind) if game["step"] == line["step"]]
+        assert len(played) == (4 if DEFENDER in players else 8)
+
+
+@each_kind
+def test_the_past_self_plays_as_it_played_then(kind, runs):
+    """The replies of a past self are drawn again, by the model that its checkpoint opens as."""
+    cfg = config_of(runs / kind)
+    step, role, folder = next((step, role, folder) for step in range(8)
+                              for role, folder in frozen_players(cfg, {}, step).items()
+                              if folder.name != "step_000000")
+    chat = toy.open_chat(str(runs / kind), True)
+    player = train.make_player(load(str(folder)), role, role, chat, cfg, step, ONE_PROCESS)
+    played = [game for game in games(runs / kind) if game["step"] == step + 1]
+    played = [game for game in played if role == DEFENDER or game["attacker_reply"] is not None]
+    prompts = [chat.defender_prompt(game["attack"] or game["seed"]) if role == DEFENDER else
+               chat.attacker_prompt(Seed(game["seed"], game["harmful"], revise=True)) for game in played]
+    samples = player(prompts, [game["game"] for game in played])
+    assert [chat.parse(sample).text for sample in samples] == [game[f"{role}_reply"] for game in played]
+
+
+@each_kind
+def test_all_checkpoints_stay_that_may_be_asked_to_play(kind, runs):
+    assert [folder.name[-1] for folder in checkpoint.checkpoints(runs / kind)] == list("02468")
+
+
+def state(out, kind):
+    """The tensors of the last checkpoint."""
+    if kind == "weights":
+        return weights(out, 8)
+    files = (out / "step_000008").glob(ADAPTER_FILES)
+    return {f"{file.parent.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+@two_kinds
+def test_a_resumed_run_meets_the_same_past(kind, runs):
+    resumed = runs / f"{kind}_resumed"
+    shutil.copytree(runs / kind, resumed)
+    shutil.rmtree(resumed / "step_000006")
+    shutil.rmtree(resumed / "step_000008")
+    succeeds("--out", resumed, "--resume")
+    difference = largest_difference(state(runs / kind, kind), state(resumed, kind))
+    measured("resumed against undisturbed", difference, 0.0)
+
+
+@two_kinds
+def test_two_processes_meet_the_same_past(kind, runs):
+    flags = [*FLAGS, *KINDS[kind], "--lr", "2e-4"]
+    one, two = (runs / f"{kind}_of_{ranks}" for ranks in (1, 2))
+    succeeds(*flags, "--out", one)
+    succeeds(*flags, "--out", two, ranks=2)
+    assert games(one) == games(two)
+    measured("2 processes against 1", largest_difference(state(one, kind), state(two, kind)), 1e-5)
+
+
+def test_a_run_meets_the_mixture_of_a_crossplay_file(runs):
+    file = crossplay_file(runs / "x.json", {runs / "weights" / "step_000004": (1.0, 1.0)})
+    succeeds(*FLAGS, "--opponent", file, "--opponent-share", "1", "--steps", "2", "--out", runs / "mixture")
+    assert [line["payoff_deviation_attacker"] is None for line in metrics(runs / "mixture")] == [True, False]
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_what_cannot_be_an_opponent_is_refused_in_one_sentence(tmp_path, runs):
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    gone = crossplay_file(tmp_path / "gone.json", {tmp_path / "nowhere": (1.0, 1.0)})
+    for flags, words in ((["--opponent", "past", "--play", "attacker"], "are for --play self"),
+                         (["--opponent", "runs/x"], "add --play attacker"),
+                         (["--opponent", str(bad)], "cannot be read"),
+                         (["--opponent", str(tmp_path / "no.json")], "cannot be read"),
+                         (["--opponent", str(gone)], "nowhere"),
+                         (["--opponent", "past", "--opponent-share", "2"], "from 0 to 1")):
+        done = run(*flags, "--out", tmp_path / "run")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
