@@ -439,7 +439,7 @@ def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
         return prefill(model, prompts, prefix)
     monkeypatch.setattr(sampling, "prefill", counted)
     cfg = Config(max_new_tokens=6)
-    players = [train.make_player(tiny, role, role, chat, cfg, 0, ONE_PROCESS) for role in (ATTACKER, DEFENDER)]
+    players = [train.make_player(tiny, role, role, chat, cfg, 0, ONE_PROCESS) for role in train.ROLES]
     texts = ["how do i kill the weed"] * 4 + ["how do i rob the bank"] * 4
     seeds = [Seed(text, harmful=True, revise=True) for text in texts]
     played = play(seeds, list(range(8)), chat, *players, keywords, answers_per_attack=2)
@@ -763,8 +763,8 @@ def bytes_kept_per_token(model):
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_plan_of_activations_is_what_a_forward_pass_keeps(config, recompute, tmp_path, monkeypatch):
     """
-    With 2^30 tokens, a GiB of the plan is a byte per token. The plan is about GPUs: here the norm and the gate
-    keep what they keep there, and the formulas stand in for the kernels.
+    With 2^30 tokens, a GiB of the plan is a byte per token. The plan is about GPUs: the norm and the gate
+    keep here what they keep there, and formulas stand in for the kernels.
     """
     monkeypatch.setattr(layers_triton, "rms_norm", layers.norm_reference)
     monkeypatch.setattr(layers_triton, "swiglu", layers.swiglu_reference)
