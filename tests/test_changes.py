@@ -175,6 +175,8 @@ def change(tmp_path, sft_run):
 TITLES = ("what the roles are told", "the payoffs", "a payoff that depends on the attack's text",
           "the judge: a Python function", "the judge: a model", "the seeds of a step, their shares and pairs",
           "another credit function", "the credit of a token", "the loss",
+          "which turns are compared", "what the defender meets again", "whom a role meets",
+          "what an adapter changes", "the step size",
           "a metric of each step", "a rate of finished models", "the tactics of the embedded world")
 
 
@@ -389,6 +391,50 @@ def test_returns_can_be_discounted(change, unchanged):
     train(project)
     assert not np.isclose(gradient_norm(project), gradient_norm(unchanged), rtol=1e-2)
     assert largest_loss(project) < 1e-6, "they are centred as before"
+
+
+def test_all_attacks_on_a_label_can_be_one_group(change):
+    """Then attacks on different seeds are compared, and hardly a group earns the same."""
+    project = change("which turns are compared", (
+        "selfplay.py", "groups[e.turn.role, *e.turn.prompt_ids]", "groups[e.turn.role, e.harmful]"))
+    flags = ["--credit", "group", "--attacks-per-seed", "2", "--games", "32"]
+    train(project, *flags)
+    changed = metrics(project / "it")[0]["equal_groups"]
+    assert changed < 1 and gradient_norm(project) > 0
+
+
+def test_the_defender_can_meet_the_latest_attacks_alone(change):
+    project = change("what the defender meets again",
+                     ("selfplay.py", "for attack in past if", "for attack in past[-1:] if"))
+    train(project, "--judge", "keywords", "--games", "32", "--steps", "4", "--replay", "1")
+    played = games(project / "it")
+    for step in range(2, 5):
+        replayed = {game["seed"] for game in played if game["step"] == step and game["recorded"]}
+        earlier = [game["attack"] for game in played if game["step"] < step and game["legal"]]
+        assert replayed <= set(earlier[-1:])
+    assert any(game["recorded"] for game in played)
+
+
+def test_a_role_can_meet_the_start_alone(change):
+    project = change("whom a role meets", (
+        "train.py", "folders, weights = mixtures.get(role, (own, None))", "folders, weights = own[:1], None"))
+    train(project, "--opponent", "past", "--opponent-share", "1", "--save-every", "1")
+    deviations = [line["payoff_deviation_attacker"] is None for line in metrics(project / "it")]
+    assert deviations == [True, False], "the start attacks, then it defends"
+
+
+def test_an_adapter_can_have_another_scale(change, unchanged):
+    project = change("what an adapter changes", ("model.py", "LORA_SCALE = 2 ", "LORA_SCALE = 1 "))
+    for folder in (project, unchanged):
+        train(folder, "--adapter-rank", "4", "--out", "adapted")
+    half, whole = (metrics(folder / "adapted")[0]["grad_norm"] for folder in (project, unchanged))
+    measured("gradient at half the scale, over half the gradient, minus 1", abs(2 * half / whole - 1), 1e-3)
+
+
+def test_the_step_size_can_stay_at_its_peak(change, unchanged):
+    project = change("the step size", ("train.py", "(0.1 + 0.9 * cosine)", "1"))
+    train(project, "--steps", "3")
+    assert [line["lr"] for line in metrics(project / "it")] == [2e-4] * 3
 
 
 def test_the_loss_can_be_plain_reinforce(change, unchanged):
