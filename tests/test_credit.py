@@ -264,8 +264,8 @@ def attacks(logits_2N, rng, world):
     payoff_N = np.where(HARMFUL_N, np.where(rare_N & (chance_N < wins), WON, LOST), ANSWERED)
     forfeit_N = rare_N & (chance_N >= 1 - garbled) | (rng.random(64) < STRAY)
     payoff_N[forfeit_N] = TABLE.forfeit
-    turns = [experience(ATTACKER, float(paid), [0], [logprob_2N[row, tactic]], harmful=bool(harmful))
-             for paid, row, tactic, harmful in zip(payoff_N, row_N, tactic_N, HARMFUL_N, strict=True)]
+    turns = [experience(ATTACKER, float(payoff_N[n]), [row_N[n], n // 8], [logprob_2N[row_N[n], tactic_N[n]]],
+                        harmful=bool(HARMFUL_N[n])) for n in range(64)]   # four attacks on each seed
     return tactic_N, row_N, turns
 
 
@@ -310,8 +310,8 @@ def test_a_stray_forfeit_is_as_loud_as_a_win_to_the_official_credit_and_half_as_
         measured(f"{' '.join(key)}: advantage {loudness[key]:+.2f}", abs(loudness[key] - value), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["reinforce++", "centred"])
-def test_a_rare_tactic_that_always_wins_is_learnt_with_either_credit(name):
+@pytest.mark.parametrize("name", CREDITS)
+def test_a_rare_tactic_that_always_wins_is_learnt_with_each_credit(name):
     rates = [rate_after_training("sure", CREDITS[name], seed) for seed in range(3)]
     print(f"\n    {name}, seeds 0 to 2: {', '.join(f'{rate:.3f}' for rate in rates)}, from {START}", end="")
     assert min(rates) > 0.9
@@ -320,7 +320,7 @@ def test_a_rare_tactic_that_always_wins_is_learnt_with_either_credit(name):
 def test_a_rare_tactic_that_wins_or_forfeits_is_mostly_unlearnt_with_the_official_credit_but_not_by_default():
     """Chance decides a good part of 150 steps, so there are 24 attackers of each."""
     median = {}
-    for name in ("reinforce++", "centred"):
+    for name in CREDITS:
         rates = np.array([rate_after_training("daring", CREDITS[name], seed) for seed in range(24)])
         median[name] = np.median(rates)
         fell, rose = np.sum(rates < START / 2), np.sum(rates > 2 * START)
