@@ -29,7 +29,7 @@ import toy
 from data import read_prompts
 from judge import Judge, open_judge
 from kernels import stop
-from model import Transformer, find_checkpoint, load, run_config, weight_files
+from model import Transformer, find_checkpoint, load, newest_step, run_config, weight_files
 from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
                       is_legal, payoffs, play, seed_pools, seeds_for_step)
@@ -275,8 +275,9 @@ def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
 def crossplay(args: Namespace) -> dict:
     """Play all models against each other, scored by the first run's payoff table. Prints and returns all."""
     matchup = matchups(args.models[0], args.n, args.prompts)[0]
-    cells = cross({name: partial(open_eval_model, name) for name in args.models}, matchup)
-    attackers = {name: name for name in args.models}
+    names = [str(newest_step(name)) for name in args.models]  # a run may go on, and be an opponent later
+    cells = cross({name: partial(open_eval_model, name) for name in names}, matchup)
+    attackers = {name: name for name in names}
     titles = {"asr": "attack success (down)", "payoff": f"attacker earns, {matchup.reward} table"}
     for key, title in titles.items():
         title = f"{title}; {matchup.name} requests, n = {args.n}"

@@ -94,16 +94,14 @@ def check_folder(out: Path, resume: bool) -> None:
         stop(f"--resume: {out} holds no complete checkpoint; start it without --resume.")
     # a run that died before its first checkpoint leaves these and nothing else
     leftovers = {"config.json", "config.json.new", "partial_000000"}
-    unused = not out.exists() or out.is_dir() and {path.name for path in out.iterdir()} <= leftovers
-    if not resume and not unused:
+    if not resume and out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= leftovers):
         stop(f"{out} will not be overwritten; choose another folder with --out, or add --resume.")
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         stop(f"--out {out}: {parent} cannot be written; choose another folder.")
 
 def prune(out: Path, keep: int, step: int) -> None:
-    """Delete all checkpoints up to `step` but the first, the reference model, and the `keep` newest."""
-    # later ones are damaged: a resume passed them over
+    """Delete all up to `step` (later ones are damaged) but the first, the reference, and `keep` newest."""
     for old in [folder for folder in checkpoints(out) if step_number(folder) <= step][1:-keep]:
         renamed = old.rename(out / f"partial_{old.name}")   # a crash must not leave a checkpoint half deleted
         shutil.rmtree(renamed, ignore_errors=True)
@@ -112,7 +110,9 @@ def prune(out: Path, keep: int, step: int) -> None:
 def optimizer_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The fp32 weights and AdamW's own tensors by name, {"weight.norm.weight": ..}; made if there is none."""
     tensors = {}
-    for name, parameter in [(n, p) for n, p in policy.named_parameters() if p.requires_grad]:
+    for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
         tensors[f"weight.{name}"] = parameter.detach()
         if parameter not in optimizer.state:  # before its first update: what AdamW starts from
             moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
@@ -186,8 +186,8 @@ def rewind_logs(out: Path, step: int) -> None:
         if step_number(folder) > step:
             print(f"  {folder} is not complete: ignored, and made again", flush=True)
     replace_text(out / "latest", f"step_{step:06d}")
-    for log in out.glob("*.jsonl"):
-        lines = log.read_text("utf-8", "replace").split("\n")
+    for log in (out / "metrics.jsonl", out / "games.jsonl"):
+        lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
         replace_text(log, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
 
 # ---------------------------------------------------------------- signals

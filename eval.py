@@ -261,7 +261,8 @@ def kind_of(config: dict) -> str:
     kind = f"{config['play']} {config['reward']}{'' if config['cot'] else ' no-cot'}".replace(" zero_sum", "")
     if config["attacks"]:
         kind += f" on attacks of {config['attacks'].rsplit('-', 1)[0]}"   # without its seed
-    for name in ("credit", "attacks_per_seed", "answers_per_attack", "balance", "replay", "replay_won"):
+    for name in ("credit", "attacks_per_seed", "answers_per_attack", "balance", "replay", "replay_won",
+                 "opponent", "opponent_share", "adapter_rank", "adapters"):
         if config.get(name, USUAL[name]) != USUAL[name]:
             kind += f" {name}={config[name]}"
     return kind
@@ -371,7 +372,9 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
     from transformers import AutoConfig
     models = []
-    opponent = cfg.opponent if cfg.play != "self" else cfg.model * bool(cfg.opponent and not cfg.adapter_rank)
+    opponent = cfg.opponent
+    if cfg.play == "self" and opponent:  # checkpoints, one at a time, or adapters
+        opponent = "" if cfg.adapter_rank and opponent == "past" else cfg.model
     for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], opponent)):
         with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
             models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
@@ -403,13 +406,17 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
     plan = always | play | update | {"peak: " + (fits or ["fits no GPU"])[0]: peak}
     rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
-    text = (f"Disk: {14 * learns / 2 ** 30:.1f} GiB a checkpoint, {cfg.keep + 1} of them in a save. Host: "
+    kept = cfg.steps // cfg.save_every + 1 if cfg.opponent == "past" else cfg.keep + 1
+    text = (f"Disk: {14 * learns / 2 ** 30:.1f} GiB a checkpoint, {kept} of them in the end. Host: "
             f"{(1 + full) * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends "
             "a run 30 s after a signal; if a step and a save take longer, add --shutdown-timeout 600 to it.")
     return "\n".join([f"| {n_gpus} GPUs, bf16 | GiB on each |", "| --- | --- |", *rows, "", text])
 
 def main_plan(args: Namespace) -> None:
-    cfg = Config(**json.loads(args.models[0]))
+    try:
+        cfg = Config(**json.loads(args.models[0]))
+    except (ValueError, TypeError):
+        stop("plan: takes settings as train.py writes them; call train.py --plan N, with the run's flags.")
     print(show_plan(cfg, cfg.plan or int(os.environ.get("WORLD_SIZE", 1))))
 
 # ---------------------------------------------------------------- the command line

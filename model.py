@@ -6,7 +6,7 @@ The transformer, its key-value cache, its adapters, and how weights come and go.
 One decoder-only architecture in the variants that open models use: RMSNorm, rotary positions, grouped-query
 attention, SwiGLU, optional biases on queries, keys and values (Qwen2), optional norms on queries and keys
 (Qwen3), and an output matrix that may be tied to the embedding. A checkpoint is an ordinary Hugging Face
-folder: `transformers` opens what `save` writes, and `load` opens what `transformers` writes.
+folder, or adapters for PEFT: others open what `save` writes, and `load` opens what `transformers` writes.
 
     python model.py                       # a random model's logits against those of transformers
     python model.py --model FOLDER        # the same for a checkpoint
@@ -19,6 +19,7 @@ layers, N tokens or turns in a flat list, I the width of the feed-forward layer,
 from __future__ import annotations
 
 from kernels import CommandLine, set_threads, stop  # before torch, which reads the OpenMP setting in there
+import gc
 import json
 import os
 import re
@@ -42,7 +43,7 @@ if TYPE_CHECKING:  # functions import transformers when they run: it takes a sec
 
 Head = Callable[[Tensor, Tensor], object]  # (hidden_BTD, weight_VD) -> what the caller needs of the logits
 LORA_SCALE = 2  # of what an adapter adds: alpha / rank
-ADAPTERS = "*/adapter_model.safetensors"  # in a checkpoint; these folders have the adapters' names
+ADAPTER_FILES = "*/adapter_model.safetensors"  # in a checkpoint; these folders have the adapters' names
 
 # ---------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
             linear.adapter = self.adapters.get(role, "")
 
     def add_adapter(self, name: str, rank: int, seed: int = 0) -> None:
-        """Add an adapter for the roles in its name, "attacker-defender" or one. It changes nothing yet."""
+        """Add an adapter for the roles in its name, "attacker-defender", one, or "past". It adds 0 so far."""
         generator = torch.Generator().manual_seed(seed)
         for linear in self.projections:
             size = rank * len(linear.parts), linear.in_features
@@ -361,7 +362,7 @@ def find_checkpoint(name: str) -> Path:
     if not os.path.exists(folder):
         folder = download(name)
     for pattern in ("config.json", "*.safetensors"):
-        if not list(folder.glob(pattern)) and not list(folder.glob(ADAPTERS)):
+        if not list(folder.glob(pattern)) and not list(folder.glob(ADAPTER_FILES)):
             stop(f"{folder}: no {pattern} there; give a model's folder with safetensors weights, or a run.")
     return folder
 
@@ -379,13 +380,12 @@ def run_config(name: str) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """A checkpoint's weights, by its index: some folders hold a second copy. Adapters follow their base."""
-    if adapters := sorted(folder.glob(ADAPTERS)):
+    if adapters := sorted(folder.glob(ADAPTER_FILES)):
         return weight_files(folder.parent / "step_000000") + adapters
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted({folder / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+    return list(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
 
 @contextmanager
 def refuse_damage(folder: Path) -> Iterator[None]:
@@ -394,16 +394,17 @@ def refuse_damage(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # of safetensors, transformers, jinja or the disk: there is no narrower class
         reason = " ".join(str(error).split())[:200]
-        stop(f"{folder}: the checkpoint cannot be read ({reason}); give another.")
+        stop(f"{folder}: cannot be read ({reason}); give another.")
 
 def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """A checkpoint's model, on the meta device: it has shapes, and no memory for its weights."""
     from transformers import AutoConfig, GenerationConfig
+    gc.collect()  # sharded models refer to themselves: one that went is freed only here
     folder = find_checkpoint(name)
     with refuse_damage(folder):
         with torch.device("meta"):
             model = Transformer(AutoConfig.from_pretrained(folder), name).to(dtype)
-        for file in sorted(folder.glob(ADAPTERS)):
+        for file in sorted(folder.glob(ADAPTER_FILES)):
             rank = json.loads(file.with_name("adapter_config.json").read_text("utf-8"))["r"]
             model.add_adapter(file.parent.name, rank)
         if (folder / "generation_config.json").exists():
@@ -424,10 +425,9 @@ def read_tensors(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]
             yield key, tensor.to(dtype, copy=True)
 
 def read_adapter(folder: Path, model: Transformer, name: str) -> str:
-    """Give the adapter `name` the values of one in a checkpoint. Returns `name`, or "" if there is none."""
-    if not folder.exists():
-        return ""
-    weights = dict(read_tensors(folder / "adapter_model.safetensors", torch.float32))
+    """Give the adapter `name` the values of one in a checkpoint, and return `name`."""
+    with refuse_damage(folder):
+        weights = dict(read_tensors(folder / "adapter_model.safetensors", torch.float32))
     fuse(weights)
     for key, tensor in weights.items():
         model.get_parameter(key.replace(folder.name, name)).data.copy_(tensor)
@@ -504,7 +504,7 @@ def merge(model: Transformer, role: str) -> dict[str, Tensor]:
 
 def save(folder: Path, weights: dict[str, Tensor], model: Transformer,
          tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a Hugging Face folder: these weights (`model` may be sharded), the configs, the tokenizer."""
+    """Write weights or adapters (`model` may be sharded), the configs and the tokenizer."""
     from huggingface_hub import save_torch_state_dict
     folder.mkdir(parents=True, exist_ok=True)
     write = save_adapters if any(".lora_" in key for key in weights) else save_torch_state_dict

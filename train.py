@@ -41,7 +41,7 @@ import checkpoint
 from data import pack, read_prompts, read_rows, text_of
 from judge import check_judge, open_judge
 from kernels.logprob import importance_weight
-from model import (ADAPTERS, Transformer, find_checkpoint, load, newest_step, open_empty, read_adapter,
+from model import (ADAPTER_FILES, Transformer, find_checkpoint, load, newest_step, open_empty, read_adapter,
                    read_weights, refuse_damage, run_config, save, score)
 from sample import Sample, batches_within, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
@@ -67,7 +67,7 @@ class Config:
     seeds: list[str] = ours((), "files of seeds; a column labels them, or harmful=FILE benign=FILE")
     play: str = paper("self", "attacker: against the frozen start; defender: raw seeds", PLAYS)
     opponent: str = ours("", "who plays a role that does not learn: a checkpoint; in self-play, one role in "
-                             "turn: past, or a file of eval.py crossplay, whose equilibrium draws one")
+                             "turn: past (any of this run's so far) or a file of eval.py crossplay")
     opponent_share: float = ours(0.5, "share of the steps of self-play that have an --opponent")
     attacks: str = ours("", "recorded attacks, such as a games.jsonl, for --play defender")
     reward: str = ours("zero_sum", "payoff table in selfplay.py", REWARDS)
@@ -95,7 +95,7 @@ class Config:
     sft_steps: int = ours(600, "supervised updates of the toy model before it plays")
     seed: int = ours(0, "of everything random")
     save_every: int = paper(100, "steps between checkpoints; the last step is always saved")
-    keep: int = ours(5, "newest checkpoints that stay, besides step_000000")
+    keep: int = ours(5, "newest checkpoints that stay, besides step_000000; with --opponent past, all")
     exam: bool = ours(True, "end with the held-out exam of the embedded world, and with the curves")
     out: str = ours("", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = ours(False, "continue the run in --out, with its settings")
@@ -143,7 +143,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
-    for name in {"model", "opponent", "adapter_rank", "adapters"} & args.keys() & saved.keys():
+    for name in {"model", "opponent", "save_every", "adapter_rank", "adapters"} & args.keys() & saved.keys():
         if args[name] != saved[name]:
             stop(f"--{name.replace('_', '-')} {args[name]}: the run was begun with {saved[name]}; begin "
                  "another run for that.")
@@ -168,7 +168,7 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop("--attacks FILE trains a defender on recorded attacks; add --play defender.")
     if cfg.adapters == "roles" and not cfg.adapter_rank:
         stop("--adapters roles: of which size? Add --adapter-rank, such as 16.")
-    if os.path.isdir(cfg.model) and any(newest_step(cfg.model).glob(ADAPTERS)):
+    if os.path.isdir(cfg.model) and any(newest_step(cfg.model).glob(ADAPTER_FILES)):
         stop(f"--model {cfg.model} holds adapters; give the folder that python model.py --merge makes of it.")
     mixes = cfg.opponent == "past" or cfg.opponent.endswith(".json")
     if cfg.opponent and (mixes != (cfg.play == "self") or cfg.attacks):
@@ -251,7 +251,8 @@ open_other = lru_cache(maxsize=1)(open_sharded)  # an opponent that stays is rea
 def add_adapters(model: Transformer, cfg: Config) -> Transformer:
     """With --adapter-rank, freeze the model and add what learns instead, in full on every rank."""
     if cfg.adapter_rank:
-        model.add_adapter("past", cfg.adapter_rank)  # that of an opponent, also frozen
+        if cfg.opponent:
+            model.add_adapter("past", cfg.adapter_rank)  # an earlier self's, frozen like the base
         model.requires_grad_(False)
         roles = PLAYS[cfg.play]
         for name in roles if cfg.adapters == "roles" else ["-".join(roles)]:
@@ -452,13 +453,15 @@ def read_mixtures(cfg: Config) -> dict[str, tuple[list[Path], list[float]]]:
     with refuse_damage(Path(cfg.opponent)):
         results = json.loads(Path(cfg.opponent).read_text("utf-8"))
         folders = [find_checkpoint(name) for name in results["cells"]]
-        return {role: (folders, results["equilibrium"][role]) for role in ROLES}
+        weights = results["equilibrium"]
+        for role in ROLES:
+            np.random.choice(len(folders), p=weights[role])  # an error if no step could draw
+        return {role: (folders, weights[role]) for role in ROLES}
 
 def frozen_players(cfg: Config, mixtures: dict[str, tuple], step: int) -> dict[str, Path]:
-    """Who plays the roles that do not learn in this step. PSRO is Lanctot et al., arXiv 1711.00832."""
+    """Who does not learn in this step. In self-play, opponents take one role in turn (arXiv 1711.00832)."""
     random, role = stream("opponent", cfg.seed, step), ROLES[step % 2]
-    own = [folder for folder in checkpoint.checkpoints(Path(cfg.out))
-           if checkpoint.step_number(folder) in range(0, step + 1, cfg.save_every)]
+    own = [Path(cfg.out, f"step_{n:06d}") for n in range(0, step + 1, cfg.save_every)]
     if cfg.play == "attacker":
         return {DEFENDER: Path(cfg.opponent) if cfg.opponent else own[0]}
     if not cfg.opponent or cfg.play == "self" and random.random() >= cfg.opponent_share:
@@ -529,7 +532,7 @@ MAX_DEAD_GAMES = 512  # games from the start of a run in which nothing happened,
 
 def open_player(role: str, folder: Path | None, policy: Transformer, reference: Transformer, cfg: Config,
                 ranks: Ranks) -> tuple[Transformer, str]:
-    """Who plays a role, the policy or a frozen checkpoint: a model, and the name of its adapter."""
+    """Who plays a role, the policy or a frozen checkpoint: a model, and whose adapter it uses."""
     if not folder:
         return policy, role
     if folder == Path(cfg.out, "step_000000"):
@@ -538,11 +541,11 @@ def open_player(role: str, folder: Path | None, policy: Transformer, reference: 
         return policy, read_adapter(folder / policy.adapters[role], policy, "past")
     return open_other(str(folder), ranks.compute, ranks), role
 
-def make_player(model: Transformer, adapter: str, role: str, chat: ChatFormat, cfg: Config, step: int,
+def make_player(model: Transformer, use_as: str, role: str, chat: ChatFormat, cfg: Config, step: int,
                 ranks: Ranks) -> Player:
     """A model in a role: a function from prompts to replies. Chance depends on (seed, step, game, turn)."""
     def answer(prompts: list[list[int]], numbers: list[int]) -> list[Sample]:
-        model.use(adapter)
+        model.use(use_as)
         uniform_NT = uniforms(cfg.seed, step, numbers, int(role == DEFENDER), cfg.max_new_tokens)
         stops, label = stop_ids(model, chat.tokenizer), role * (ranks.rank == 0)
         return sample(model, prompts, uniform_NT, stops, cfg.temperature, chat.prefixes(), label)
@@ -555,17 +558,15 @@ def run_eval(*words: str) -> None:
         raise SystemExit(status)
 
 def describe(cfg: Config, summaries: list[str], first: int, ranks: Ranks) -> str:
-    """The configuration and the files, and what is not as it was when the run began."""
+    """The configuration and the files, and what was otherwise at the latest start."""
     before = run_config(cfg.out)
-    lines = []
-    for name, value in asdict(cfg).items():
-        changed = name != "resume" and before.get(name, value) != value
-        lines.append(f"  {name:18s} {value}{f', was {before[name]}' if changed else ''}")
-    lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})")
+    lines = [f"  {name:18s} {value}"
+             f"{f', was {before[name]}' if before.get(name, value) != value and name != 'resume' else ''}"
+             for name, value in asdict(cfg).items()]
+    lines.append(f"  {cfg.games} games a step = {ranks.world} x {cfg.games // ranks.world} ({ranks.device})"
+                 f"{'; finished: to go on, raise --steps' if first >= cfg.steps else ''}")
     lines += [f"  {line}{'' if line in before.get('files', summaries) else ' - NOT as when the run began'}"
               for line in summaries]
-    if first >= cfg.steps:
-        lines.append(f"  {cfg.out} is finished, {first} steps of {cfg.steps}: to go on, raise --steps")
     return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> None:
@@ -596,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
         on_main(ranks, partial(run_eval, "plan", settings))
 
-    # 0. the start: the SFT model or a checkpoint. A frozen copy is the reference, or itself without adapters
+    # 0. the start: SFT or a checkpoint. The reference is a frozen copy, or the policy with its adapters off
     on_main(ranks, partial(prepare, cfg, chat, summaries, newest))
     start = str(out / "step_000000")
     policy = add_adapters(policy or open_sharded(start, dtype, ranks), cfg)
@@ -607,7 +608,7 @@ def main(argv: list[str] | None = None) -> None:
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay else []
-    past = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
+    past_attacks = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
     skipped = 0        # updates in a row
     alive = first > 0  # something has happened in a game
     rewards = REWARDS[cfg.reward]
@@ -618,7 +619,7 @@ def main(argv: list[str] | None = None) -> None:
         # 1. seeds: the same on every rank; each plays its slice. Raw ones teach nobody but the defender
         group = cfg.attacks_per_seed * cfg.answers_per_attack
         seeds = seeds_for_step(pools, cfg.games, cfg.seed, step, group)
-        seeds = replay(seeds, past, cfg.replay, cfg.seed, step, group)
+        seeds = replay(seeds, past_attacks, cfg.replay, cfg.seed, step, group)
         mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         frozen = frozen_players(cfg, mixtures, step)
         learn = [role for role in PLAYS[cfg.play] if role not in frozen]
@@ -656,7 +657,8 @@ def main(argv: list[str] | None = None) -> None:
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_learnt, now = sum(len(e.turn.ids) for e in experiences), time.time()
-        metrics = {"step": done, **game_metrics(games, experiences, rewards), **credit_metrics,
+        metrics = {"step": done, "frozen": len(frozen),
+                   **game_metrics(games, experiences, rewards), **credit_metrics,
                    "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, cfg.updates),
                    "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),
@@ -665,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
         log0(ranks, step_line(done, cfg.steps, metrics, warning))
         records = [checkpoint.game_record(game, done) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
-        past += checkpoint.past_attacks(records, cfg.replay_won)
+        past_attacks += checkpoint.past_attacks(records, cfg.replay_won)
         if done % 25 == 0 or done == cfg.steps:
             log0(ranks, "\n" + "\n\n".join(show_game(g, rewards) for g in games[:2]) + "\n")
         if skipped >= MAX_SKIPPED:

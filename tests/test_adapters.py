@@ -4,7 +4,9 @@ LoRA adapters: the model with them, PEFT's files, the update of a role, whole ru
 Where a test needs adapters that change something, both of their matrices are random: a new one has B = 0.
 """
 import copy
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -215,7 +217,7 @@ shared_and_roles = pytest.mark.parametrize("adapters", FOLDERS)
 
 
 @shared_and_roles
-def test_a_checkpoint_holds_adapters_in_fp32_and_their_optimizer_and_no_base(adapters, runs):
+def test_a_checkpoint_of_an_fp32_run_holds_adapters_in_fp32_their_optimizer_and_no_base(adapters, runs):
     folder = runs / adapters / "step_000004"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {*FOLDERS[adapters], "optimizer"}
     assert not list(folder.glob("*.safetensors"))
@@ -280,7 +282,7 @@ def test_the_reference_is_no_second_model(runs):
 def test_a_role_that_does_not_learn_has_no_adapter_and_plays_as_the_start(play, learns, runs):
     out = runs / f"play_{play}"
     succeeds(*SMALL, "--adapters", "roles", "--play", play, "--out", out)
-    assert [file.parent.name for file in (out / "step_000004").glob(m.ADAPTERS)] == [learns]
+    assert [file.parent.name for file in (out / "step_000004").glob(m.ADAPTER_FILES)] == [learns]
     assert load(str(out)).adapters == {learns: learns}
 
 
@@ -349,15 +351,27 @@ def test_an_8b_model_with_a_7b_judge_fits_80_gb_and_a_3b_fits_24_gb_with_adapter
 
 
 def test_the_plan_counts_the_weights_that_learn_as_they_are(tmp_path):
-    small = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
-                        num_hidden_layers=2, vocab_size=50)
-    model = train.add_adapters(new_model(small, 0), Config(adapter_rank=1024, adapters="roles"))
-    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Twelve bytes for each number of two adapters of rank 1024 in 28 layers, on every GPU."""
     expected = 0
-    q_k_v_o = [(64, 64), (64, 32), (64, 32), (64, 64)]
-    for D, M in [*q_k_v_o, (64, 96), (64, 96), (96, 64)]:
-        expected += 2 * 2 * 1024 * (D + M)   # two adapters, two layers
-    assert n == expected
+    q_k_v_o = [(3072, 3072), (3072, 1024), (3072, 1024), (3072, 3072)]
+    for D, M in [*q_k_v_o, (3072, 8192), (3072, 8192), (8192, 3072)]:
+        expected += 2 * 28 * 1024 * (D + M) * 12
+    LLAMA_3B.save_pretrained(tmp_path / "policy")
+    cfg = Config(model=str(tmp_path / "policy"), judge="keywords", adapter_rank=1024, adapters="roles")
+    for n_gpus in (1, 8):
+        row = re.search(r"Adam moments, fp32 \| (\S+)", eval.show_plan(cfg, n_gpus))
+        measured(f"GiB on {n_gpus} GPUs", abs(float(row[1]) - expected / 2 ** 30), 0.05)
+
+
+def test_the_plan_counts_whole_opponents_but_not_a_past_adapter(tmp_path):
+    LLAMA_3B.save_pretrained(tmp_path / "policy")
+    cfg = Config(model=str(tmp_path / "policy"), judge="keywords", adapter_rank=16, steps=50, save_every=10)
+    held = {}
+    for opponent in ("", "past", "mixture.json"):
+        table = eval.show_plan(replace(cfg, opponent=opponent), 1)
+        held[opponent] = float(re.search(r"reference, judge, opponent \| (\S+)", table)[1])
+    assert held[""] == held["past"] and held["mixture.json"] > 1.9 * held[""]
+    assert "6 of them in the end" in eval.show_plan(replace(cfg, opponent="past"), 1)
 
 
 # ---------------------------------------------------------------- bad input

@@ -436,6 +436,8 @@ def test_runs_of_another_credit_are_another_kind():
     usual = {"play": "self", "reward": "zero_sum", "cot": True, "attacks": ""}
     assert eval.kind_of(usual) == eval.kind_of(usual | {"credit": "centred", "replay": 0.0}) == "self"
     assert eval.kind_of(usual | {"credit": "group", "replay": 0.5}) == "self credit=group replay=0.5"
+    adapted = eval.kind_of(usual | {"opponent": "past", "adapter_rank": 16, "adapters": "roles"})
+    assert adapted == "self opponent=past adapter_rank=16 adapters=roles"
 
 
 def test_a_shared_attack_counts_once_and_a_repeated_one_as_often_as_it_was_written(tmp_path):

@@ -77,7 +77,9 @@ def test_a_rewound_log_keeps_every_line_whatever_its_texts(text, tmp_path):
     append_rows(tmp_path / "games.jsonl", rows)
     with open(tmp_path / "games.jsonl", "ab") as log:
         log.write('{"step": 1, "attack": "\u00fc'.encode()[:-1])   # a crash, within a letter
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "a transcript that somebody put here"}\n')
     rewind_logs(tmp_path, 2)
+    assert (tmp_path / "answers.jsonl").read_text().startswith('{"prompt"'), "it is no log of the run"
     lines = (tmp_path / "games.jsonl").read_text("utf-8").split("\n")
     assert [json.loads(line) for line in lines[:-1]] == rows[:2]
 
@@ -210,10 +212,10 @@ def test_an_edited_seeds_file_and_a_finished_run_are_said_on_resume(model, tmp_p
     flags = run_files(tmp_path, model)
     train.main(flags)
     printed = capsys.readouterr().out
-    assert "NOT as when" not in printed and "is finished" not in printed
+    assert "NOT as when" not in printed and "; finished" not in printed
     train.main([*flags[-4:-2], "--resume"])
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'run'} is finished, 1 steps of 1: to go on, raise --steps" in printed
+    assert "; finished: to go on, raise --steps" in printed
     assert "NOT as when" not in printed
     with open(tmp_path / "benign.jsonl", "a") as seeds:
         seeds.write('\n{"prompt": "another"}')
