@@ -7,6 +7,7 @@ known, a third each. Two policies that follow their latest opponent go round in 
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,46 +26,29 @@ from test_train import ONE_PROCESS
 from train import ROLES, Config, frozen_players
 
 
-def with_checkpoints(out, steps):
-    for step in steps:
-        (out / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
-    return out
-
-
 # ---------------------------------------------------------------- who plays
 
-def test_every_earlier_checkpoint_is_drawn_as_often_and_the_roles_take_turns(tmp_path):
-    cfg = Config(out=str(with_checkpoints(tmp_path, range(0, 50, 10))), save_every=10, opponent="past",
-                 opponent_share=1.0)
-    drawn = [frozen_players(cfg, {}, step) for step in range(40, 2040)]
-    for step, players in enumerate(drawn, 40):
-        assert list(players) == [ROLES[step % 2]]
+def test_every_earlier_checkpoint_is_drawn_as_often_and_the_roles_take_turns():
+    cfg = Config(out="it", save_every=10, opponent="past", opponent_share=1.0)
+    drawn = [frozen_players(replace(cfg, seed=seed), {}, 40 + seed % 10) for seed in range(2000)]
+    for seed, players in enumerate(drawn):
+        assert list(players) == [ROLES[seed % 2]]
     counts = np.unique([folder.name for players in drawn for folder in players.values()], return_counts=True)
     assert counts[0].tolist() == [f"step_{step:06d}" for step in range(0, 50, 10)]
     error = np.abs(counts[1] - 400).max() / (2000 * 0.2 * 0.8) ** 0.5
     measured("largest count minus 400, in deviations", error, 4)
 
 
-def test_a_step_knows_no_later_checkpoint_and_none_that_a_signal_left(tmp_path):
-    """So a run that was stopped and resumed meets whom an undisturbed one meets."""
-    cfg = Config(out=str(with_checkpoints(tmp_path, (0, 10, 13, 20, 30))), save_every=10, opponent="past",
-                 opponent_share=1.0)
-    drawn = [frozen_players(replace(cfg, seed=seed), {}, 20) for seed in range(50)]
-    names = {folder.name for players in drawn for folder in players.values()}
-    assert names == {"step_000000", "step_000010", "step_000020"}
-
-
-def test_the_share_is_that_of_the_steps(tmp_path):
-    cfg = Config(out=str(with_checkpoints(tmp_path, [0])), opponent="past", opponent_share=0.3)
+def test_the_share_is_that_of_the_steps():
+    cfg = Config(out="it", opponent="past", opponent_share=0.3)
     share = np.mean([bool(frozen_players(cfg, {}, step)) for step in range(2000)])
     measured("share minus 0.3, in deviations of a mean", abs(share - 0.3) / (0.3 * 0.7 / 2000) ** 0.5, 4)
 
 
-def test_without_opponents_only_the_frozen_start_plays_a_role(tmp_path):
-    out = with_checkpoints(tmp_path, (0, 100))
-    assert frozen_players(Config(out=str(out)), {}, 150) == {}
-    assert frozen_players(Config(out=str(out), play="defender"), {}, 150) == {}
-    assert frozen_players(Config(out=str(out), play="attacker"), {}, 150) == {DEFENDER: out / "step_000000"}
+def test_without_opponents_only_the_frozen_start_plays_a_role():
+    assert frozen_players(Config(out="it"), {}, 150) == {}
+    assert frozen_players(Config(out="it", play="defender"), {}, 150) == {}
+    assert frozen_players(Config(out="it", play="attacker"), {}, 150) == {DEFENDER: Path("it/step_000000")}
 
 
 def crossplay_file(file, weights_of):
@@ -79,7 +63,7 @@ def test_crossplays_equilibrium_draws_each_roles_checkpoint_by_its_weight(tmp_pa
     start = sft_run / "step_000000"
     shutil.copytree(start, tmp_path / "other")
     file = crossplay_file(tmp_path / "x.json", {start: (1.0, 0.25), tmp_path / "other": (0.0, 0.75)})
-    cfg = Config(out=str(with_checkpoints(tmp_path / "run", [0])), opponent=str(file), opponent_share=1.0)
+    cfg = Config(out="it", opponent=str(file), opponent_share=1.0)
     mixtures = train.read_mixtures(cfg)
     drawn = {role: [] for role in ROLES}
     for step in range(2000):
@@ -97,12 +81,12 @@ PAYOFF = torch.tensor([[0.0, 1.0, -1.0], [-1.0, 0.0, 1.0], [1.0, -1.0, 0.0]])
 KL = 0.2
 
 
-def exploitability_at_the_end(out, share, seed, steps=1500):
+def exploitability_at_the_end(share, seed, steps=1500):
     """
     What best responses gain against the two latest policies, added, as a mean over the last quarter. They are
     softmax policies of three logits; AdamW follows the exact gradient of payoff minus KL * KL to the start.
     """
-    cfg = Config(out=str(out), save_every=25, opponent="past" * (share > 0), opponent_share=share, seed=seed)
+    cfg = Config(out="it", save_every=25, opponent="past" * (share > 0), opponent_share=share, seed=seed)
     logits = {ATTACKER: torch.tensor([1.0, 0, 0]), DEFENDER: torch.tensor([0, 0.5, 0])}
     optimizers = {}
     for role, logit_3 in logits.items():
@@ -111,8 +95,7 @@ def exploitability_at_the_end(out, share, seed, steps=1500):
     for step in range(steps):
         policies = {role: logit_3.softmax(-1) for role, logit_3 in logits.items()}
         if step % cfg.save_every == 0:
-            folder = with_checkpoints(out, [step]) / f"step_{step:06d}"
-            saved[folder] = {role: policy_3.detach() for role, policy_3 in policies.items()}
+            saved[Path("it", f"step_{step:06d}")] = {role: policy_3.detach() for role, policy_3 in policies.items()}
         frozen = frozen_players(cfg, {}, step)
         met = {role: saved[frozen[role]][role] if role in frozen else policies[role].detach()
                for role in ROLES}
@@ -128,14 +111,14 @@ def exploitability_at_the_end(out, share, seed, steps=1500):
     return float(np.mean(gains[-steps // 4:]))
 
 
-def test_in_rock_paper_scissors_the_latest_policies_cycle_and_the_past_calms_them(tmp_path):
+def test_in_rock_paper_scissors_the_latest_policies_cycle_and_the_past_calms_them():
     """
     0 is the equilibrium, 2 is two pure strategies. It takes a KL term and most of the steps: with a KL of
     0.05, or against the past alone (share 1), policies are no calmer than without, and at a share of 0.5 they
     are half as far off. A run's defaults (0.5, and a KL of 0.01) are not shown to help.
     """
-    latest = exploitability_at_the_end(tmp_path / "latest", 0.0, 0)
-    past = [exploitability_at_the_end(tmp_path / f"past_{seed}", 0.8, seed) for seed in range(2)]
+    latest = exploitability_at_the_end(0.0, 0)
+    past = [exploitability_at_the_end(0.8, seed) for seed in range(2)]
     print(f"\n    latest only {latest:.2f}, past in 80 % of the steps {past[0]:.2f}, {past[1]:.2f}", end="")
     assert latest > 1.0
     measured("the past's share of it", max(past) / latest, 0.4)
