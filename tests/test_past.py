@@ -95,7 +95,8 @@ def exploitability_at_the_end(share, seed, steps=1500):
     for step in range(steps):
         policies = {role: logit_3.softmax(-1) for role, logit_3 in logits.items()}
         if step % cfg.save_every == 0:
-            saved[Path("it", f"step_{step:06d}")] = {role: policy_3.detach() for role, policy_3 in policies.items()}
+            now = {role: policy_3.detach() for role, policy_3 in policies.items()}
+            saved[Path("it", f"step_{step:06d}")] = now
         frozen = frozen_players(cfg, {}, step)
         met = {role: saved[frozen[role]][role] if role in frozen else policies[role].detach()
                for role in ROLES}
