@@ -31,7 +31,7 @@ from train import Config
 
 ROLES, SHARED = ("attacker", "defender"), "attacker-defender"   # the names of adapters
 SMALL = ["--adapter-rank", "4", "--steps", "4", "--games", "8", "--seed", "5", "--save-every", "2",
-         "--no-exam"]
+         "--max-new-tokens", "16", "--no-exam"]
 
 
 def with_adapters(model, names, rank=3):
@@ -246,7 +246,7 @@ def test_two_processes_equal_one(adapters, runs):
 
 
 @shared_and_roles
-@pytest.mark.parametrize("precision, ranks", [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize("precision, ranks", [("fp32", 1), ("bf16", 2)])
 def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(adapters, precision, ranks, runs):
     whole, resumed = (runs / f"{adapters}_{precision}_{ranks}_{name}" for name in ("whole", "resumed"))
     succeeds(*SMALL, "--adapters", adapters, "--precision", precision, "--out", whole, ranks=ranks)
@@ -351,13 +351,13 @@ def test_an_8b_model_with_a_7b_judge_fits_80_gb_and_a_3b_fits_24_gb_with_adapter
 
 
 def test_the_plan_counts_the_weights_that_learn_as_they_are(tmp_path):
-    """Twelve bytes for each number of two adapters of rank 1024 in 28 layers, on every GPU."""
+    """Twelve bytes for each number of two adapters of rank 128 in 28 layers, on every GPU."""
     expected = 0
     q_k_v_o = [(3072, 3072), (3072, 1024), (3072, 1024), (3072, 3072)]
     for D, M in [*q_k_v_o, (3072, 8192), (3072, 8192), (8192, 3072)]:
-        expected += 2 * 28 * 1024 * (D + M) * 12
+        expected += 2 * 28 * 128 * (D + M) * 12
     LLAMA_3B.save_pretrained(tmp_path / "policy")
-    cfg = Config(model=str(tmp_path / "policy"), judge="keywords", adapter_rank=1024, adapters="roles")
+    cfg = Config(model=str(tmp_path / "policy"), judge="keywords", adapter_rank=128, adapters="roles")
     for n_gpus in (1, 8):
         row = re.search(r"Adam moments, fp32 \| (\S+)", eval.show_plan(cfg, n_gpus))
         measured(f"GiB on {n_gpus} GPUs", abs(float(row[1]) - expected / 2 ** 30), 0.05)
