@@ -368,16 +368,21 @@ def main_plot(args: Namespace) -> None:
     print(f"curves: {file}")
 
 # ---------------------------------------------------------------- memory
-def show_plan(cfg: Config, n_gpus: int) -> str:
-    """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
+def planned_models(cfg: Config) -> list[Transformer]:
+    """The policy, and of judge and opponent those that are models; without weights, of which none is read."""
     from transformers import AutoConfig
-    models = []
     opponent = cfg.opponent
     if cfg.play == "self" and opponent:  # checkpoints, one at a time, or adapters
         opponent = "" if cfg.adapter_rank and opponent == "past" else cfg.model
+    models = []
     for name in filter(None, (cfg.model, cfg.judge.partition(":")[2], opponent)):
-        with refuse_damage(Path(name)), torch.device("meta"):  # the config is all that is read
+        with refuse_damage(Path(name)), torch.device("meta"):
             models.append(Transformer(AutoConfig.from_pretrained(newest_step(name)), name))
+    return models
+
+def show_plan(cfg: Config, n_gpus: int) -> str:
+    """What each of `n_gpus` GPUs holds: always, and in play and update, of which the larger counts."""
+    models = planned_models(cfg)
     sizes = [2 * sum(p.numel() for p in model.parameters()) for model in models]  # bytes in bf16
     learns = sum(p.numel() for p in add_adapters(models[0], cfg).parameters() if p.requires_grad)
     full = not cfg.adapter_rank
@@ -406,8 +411,9 @@ def show_plan(cfg: Config, n_gpus: int) -> str:
     fits = [f"fits {gb} GB" for gb in (24, 40, 48, 80, 96, 141, 180) if peak / 2 ** 30 + 3 < gb]
     plan = always | play | update | {"peak: " + (fits or ["fits no GPU"])[0]: peak}
     rows = [f"| {name} | {size / 2 ** 30:.1f} |" for name, size in plan.items()]
-    kept = cfg.steps // cfg.save_every + 1 if cfg.opponent == "past" else cfg.keep + 1
-    text = (f"Disk: {14 * learns / 2 ** 30:.1f} GiB a checkpoint, {kept} of them in the end. Host: "
+    saves = -(-cfg.steps // cfg.save_every)  # the last step is saved, too
+    checkpoints = saves if cfg.opponent == "past" else min(saves, cfg.keep + 1)
+    text = (f"Disk: {14 * learns / 2 ** 30:.1f} GiB a checkpoint, {checkpoints} of them at most. Host: "
             f"{(1 + full) * sizes[0] / 2 ** 30:.1f} GiB on rank 0 at the start and in a save. torchrun ends "
             "a run 30 s after a signal; if a step and a save take longer, add --shutdown-timeout 600 to it.")
     return "\n".join([f"| {n_gpus} GPUs, bf16 | GiB on each |", "| --- | --- |", *rows, "", text])

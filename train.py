@@ -609,8 +609,7 @@ def main(argv: list[str] | None = None) -> None:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay else []
     past_attacks = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
-    skipped = 0        # updates in a row
-    alive = first > 0  # something has happened in a game
+    skipped, alive = 0, first > 0  # updates in a row; whether anything has happened in a game
     rewards = REWARDS[cfg.reward]
 
     caught, signals = checkpoint.catch_signals(), []
@@ -620,16 +619,15 @@ def main(argv: list[str] | None = None) -> None:
         group = cfg.attacks_per_seed * cfg.answers_per_attack
         seeds = seeds_for_step(pools, cfg.games, cfg.seed, step, group)
         seeds = replay(seeds, past_attacks, cfg.replay, cfg.seed, step, group)
-        mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         frozen = frozen_players(cfg, mixtures, step)
         learn = [role for role in PLAYS[cfg.play] if role not in frozen]
+        mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
         mine = [n for n in mine if DEFENDER in learn or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
         players = {role: open_player(role, frozen.get(role), policy, reference, cfg, ranks) for role in ROLES}
         with gathered(players[ATTACKER][0]), gathered(players[DEFENDER][0]):  # twice the same: harmless
-            attacker, defender = (make_player(*player, role, chat, cfg, step, ranks)
-                                  for role, player in players.items())
+            attacker, defender = (make_player(*players[role], role, chat, cfg, step, ranks) for role in ROLES)
             games = play([seeds[n] for n in mine], mine, chat, attacker, defender, judge,
                          cfg.answers_per_attack)
         games = gather_list(games, ranks)
@@ -660,8 +658,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = {"step": done, "frozen": len(frozen),
                    **game_metrics(games, experiences, rewards), **credit_metrics,
                    "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, cfg.updates),
-                   "seconds": now - started,
-                   "sample_tokens_per_s": n_sampled / (played - started),
+                   "seconds": now - started, "sample_tokens_per_s": n_sampled / (played - started),
                    "train_tokens_per_s": n_learnt / (now - played)}
         warning = nothing_happened(games)
         log0(ranks, step_line(done, cfg.steps, metrics, warning))

@@ -236,7 +236,7 @@ def test_two_runs_of_the_kernel_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-# ---------------------------------------------------------------- matrix product, norm, gate
+# ---------------------------------------------------------------- matrix product, norm, gate, positions
 
 def test_logits_of_bf16_factors_are_fp32_and_exact():
     x = randn(50, 64, dtype=torch.bfloat16)
@@ -254,7 +254,10 @@ def norm_formula(x: Tensor, weight: Tensor) -> Tensor:
     return layers.norm_reference(x, weight, 1e-5)
 
 
-LAYERS = {   # ours with the kernels, which a CPU interprets; the plain formula; sizes of the arguments
+# ours, as called and by the kernels, which a CPU interprets; the plain formula; sizes of the arguments
+LAYERS = {
+    "norm as called": (norm, norm_formula, (3, 7, 48), (48,)),
+    "swiglu as called": (layers.swiglu, layers.swiglu_reference, (3, 7, 96)),
     "norm": (lambda x, weight: layers.NormFunction.apply(x, weight, 1e-5), norm_formula, (3, 7, 48), (48,)),
     "swiglu": (layers.SwiGLUFunction.apply, layers.swiglu_reference, (3, 7, 96)),
 }
@@ -320,6 +323,27 @@ def test_the_kernels_of_gradients_err_no_more_than_the_formula(rows, dim, progra
             if gradient.numel() and grad.numel():
                 rounding = 2 * torch.finfo(dtype).eps * exact[i].abs().max().item()
                 as_accurate(f"{name}, gradient {i}", gradient, plain[i], exact[i], rounding)
+
+
+@pytest.mark.parametrize("scaling", [None, (8.0, 1.0, 4.0, 8192.0)], ids=["plain", "llama 3"])
+def test_rotary_positions_turn_complex_numbers_as_fp64_does(scaling):
+    """Pair e is the complex number x[e] + i x[e + E/2]; position p turns it by p times its frequency."""
+    B, T, H, E = 2, 5, 3, 16
+    position_BT = torch.tensor([[0, 1, 7, 100, 8000]]).expand(B, T)
+    x = randn(B, T, H, E)
+    frequency_E2 = layers.rope_frequencies(E, 10_000.0, scaling, x.device)
+    for e, frequency in enumerate(frequency_E2.tolist()):
+        exact = 10_000.0 ** (-2 * e / E)
+        if scaling:   # slowed by 8 below one turn in 8192 positions, not from four on, blended between
+            kept = min(1.0, max(0.0, (8192 * exact / (2 * math.pi) - 1) / 3))
+            exact *= kept + (1 - kept) / 8
+        measured(f"frequency {e}, relative", abs(frequency / exact - 1), 1e-6)
+    pairs = torch.complex(x[..., :E // 2].double(), x[..., E // 2:].double())
+    angle = position_BT[..., None, None].double() * frequency_E2.double()
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    ours = layers.rotate(x, layers.rotation(position_BT, (E, 10_000.0, scaling), torch.float32))
+    error = (ours.double() - torch.cat((turned.real, turned.imag), dim=-1)).abs().max()
+    measured("rotated queries; angles up to 8000 radians are fp32, exact to 2.4e-4", error, 5e-4)
 
 
 # ---------------------------------------------------------------- attention
