@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import eval
 import toy
 import train
 from conftest import measured
 from launch import games, largest_difference, metrics, run, succeeds, weights
-from model import ADAPTER_FILES
-from model import load
+from model import ADAPTER_FILES, load
 from selfplay import ATTACKER, DEFENDER, Seed
 from test_train import ONE_PROCESS
 from train import ROLES, Config, frozen_players
@@ -231,6 +231,18 @@ def test_the_adapter_of_a_role_that_does_not_learn_stays(runs):
             keys = [key for key in before if key.startswith(role)]
             same = all(torch.equal(before[key], after[key]) for key in keys)
             assert keys and same == (role in met[step])
+
+
+def test_what_crossplay_writes_is_a_mixture(runs, capsys):
+    """A run is named by the checkpoint that it had then, so that the weights stay those of the players."""
+    file = runs / "crossplay.json"
+    eval.main(["crossplay", str(runs / "weights" / "step_000002"), str(runs / "weights"), "--n", "8",
+               "--out", str(file)])
+    mixtures = train.read_mixtures(Config(opponent=str(file)))
+    for role in ROLES:
+        folders, chances = mixtures[role]
+        assert folders == [runs / "weights" / f"step_{step:06d}" for step in (2, 8)]
+        measured(f"chances of the {role}s, their sum minus 1", abs(sum(chances) - 1), 1e-9)
 
 
 def test_a_run_meets_the_mixture_of_a_crossplay_file(runs):
