@@ -347,6 +347,9 @@ def test_balance_changes_the_update_and_not_the_games_before_it(runs):
     print(f"\n    gradient norm {usual['grad_norm']:.4f}, balanced {balanced['grad_norm']:.4f}", end="")
     assert abs(usual["grad_norm"] / balanced["grad_norm"] - 1) > 1e-3
     assert games(runs / "balance") == [game for game in games(runs / "one") if game["step"] == 1]
+    succeeds(*SMALL, "--balance", "--steps", "1", "--out", runs / "balance-two", ranks=2)
+    difference = largest_difference(weights(runs / "balance", 1), weights(runs / "balance-two", 1))
+    measured("balanced weights, 2 processes against 1", difference, 1e-5)
 
 
 def test_without_thoughts_a_reply_is_well_formed_if_it_says_something(runs):
