@@ -19,7 +19,6 @@ layers, N tokens or turns in a flat list, I the width of the feed-forward layer,
 from __future__ import annotations
 
 from kernels import CommandLine, set_threads, stop  # before torch, which reads the OpenMP setting in there
-import gc
 import json
 import os
 import re
@@ -399,7 +398,6 @@ def refuse_damage(folder: Path) -> Iterator[None]:
 def open_empty(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
     """A checkpoint's model, on the meta device: it has shapes, and no memory for its weights."""
     from transformers import AutoConfig, GenerationConfig
-    gc.collect()  # sharded models refer to themselves: one that went is freed only here
     folder = find_checkpoint(name)
     with refuse_damage(folder):
         with torch.device("meta"):

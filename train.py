@@ -11,6 +11,7 @@ Self-RedTeam (Liu et al., arXiv 2506.07468) as its official run executes it, wit
 KL, but for the credit: theirs is `--credit reinforce++`. `main`, at the end, is all of it in numbered phases.
 """
 from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
+import gc
 import json
 import math
 import os
@@ -239,6 +240,7 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     if ranks.world == 1 and dtype == ranks.compute:
         return load(name, dtype).to(ranks.device)
+    gc.collect()  # a sharded model refers to itself: a former opponent is freed only here
     model = shard(open_empty(name, dtype), ranks).to_empty(device=ranks.device)
     weights: dict[str, Tensor] = {}
     on_main(ranks, lambda: weights.update(read_weights(name, model)))
