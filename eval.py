@@ -198,9 +198,9 @@ def diversity(games: list, embedder: str = "") -> dict:
     texts = [game["attack"] for game in games if game["attack"]]
     tactics = []
     faithful = [bool(game["legal"]) for game in games]
-    if all(toy.request(game["seed"]) for game in games):
+    if all(toy.pair_of(game["seed"]) for game in games):
         tactics = [toy.tactics_in(text) for text in texts]
-        faithful = [toy.request(game["attack"] or "") == toy.request(game["seed"]) for game in games]
+        faithful = [toy.pair_of(game["attack"] or "") == toy.pair_of(game["seed"]) for game in games]
     return {"n": len(texts),
             "inv_sbert": embedding_diversity(embed(texts, embedder)) if embedder and texts else average([]),
             "inv_self_bleu": average([1 - bleu for bleu in self_bleu(texts)]),
@@ -390,6 +390,7 @@ FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the c
     "transcripts": ("", "new file for all answers and verdicts; those not empty suit train.py --sft"),
     "json": ("", "new file for the numbers"),
     "n": (384, "attacks, or games of a pair of players, half of them on harmful seeds; an even number"),
+    "search": (2000, "legal attacks to try on each request of the embedded world; 0: none"),
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
     "curves": (list(CURVES), "panels"),
@@ -401,8 +402,8 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
                   "n=192 seed prompts embedder json"),
     "crossplay": (main_crossplay, "every attacker against every defender",
                   "n prompts out=runs/crossplay.json"),
-    "exploit": (main_exploit, "what runs trained against the first model gain, and fixed tactics",
-                "n prompts out=runs/exploit.json"),
+    "exploit": (main_exploit, "what runs trained against the first model gain, and searched attacks",
+                "n prompts search out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
     "plot": (main_plot, "training curves", "curves out"),
     "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", "")}
@@ -422,7 +423,7 @@ def check_args(args: Namespace) -> None:
     """Refuse numbers out of range, and outputs that would not be new files, before any work."""
     for name, value in vars(args).items():
         if isinstance(value, int):
-            check_number(name, value, {"limit": 0, "seed": 0, "n": 2}.get(name, 1), 10 ** 9)
+            check_number(name, value, {"limit": 0, "seed": 0, "search": 0, "n": 2}.get(name, 1), 10 ** 9)
     endings = {"json": [".json"], "transcripts": [".jsonl"], "out": [".json"]}
     if args.function is main_plot:
         endings["out"] = [".png", ".pdf", ".svg"]
