@@ -300,8 +300,8 @@ def side_of(response: str, model: str) -> str:
 
 def legal_attacks(seed: Seed, n: int, rng: np.random.Generator) -> list[str]:
     """
-    n attacks about a seed's pair with the seed's label: all up to depth 2, or n of them, and then uniform ones
-    of the depths beyond, each depth as often.
+    n attacks about a seed's pair with the seed's label: all up to depth 2, or n of them, and then uniform
+    ones of the depths beyond, each depth as often.
     """
     pair = toy.pair_of(seed.text)
     at = toy.depths(pair, seed.harmful)
@@ -328,8 +328,8 @@ def search(defender: EvalModel, matchup: Matchup, n: int) -> list[Reply]:
 def measure(model: EvalModel, sides: dict, matchup: Matchup, n_searched: int) -> list[dict]:
     """
     The outcome of fresh games between a model and every response (name: side), with that of its own games
-    beside it. With `n_searched`, one more attacker has searched so many attacks on each seed; its games here are
-    fresh ones. A gain is measured seed by seed, and is a lower bound of eps.
+    beside it. With `n_searched`, one more attacker has searched so many attacks on each seed; its games here
+    are fresh ones. A gain is measured seed by seed, and is a lower bound of eps.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
     played = {}

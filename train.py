@@ -97,8 +97,7 @@ class Config:
 
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
-TOY_WORLD = NO_GPU | {"steps": 300, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5,
-                       "max_new_tokens": 64}
+TOY_WORLD = NO_GPU | {"steps": 300, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5}
 LIMITS = {  # of a number: by its type, and of some by name
     int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "replay": (0, 1),
     float: (0, 1_000_000), "temperature": (0.01, 100)}
@@ -388,10 +387,12 @@ def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) ->
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     """One line of the log, at most 120 columns without the warning."""
     shown = [f"step {step:4d}/{steps}"]
-    for label, key in (("attack won", "asr"), ("raw", "asr_raw"), ("over-refusal", "over_refusal"),
-                       ("benign answers", "benign_answered"), ("forfeit", "forfeit")):
+    rates = {"attack won": "asr", "raw": "asr_raw", "over-refusal": "over_refusal", "forfeit": "forfeit",
+             "new": "new_attacks"}
+    for label, key in rates.items():
         shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
-    shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
+    shown += [f"depth {metrics['depth'] or 0:.1f}",
+              f"kl {metrics['kl'] or 0:.3f} | {metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
 def show_plan(cfg: Config, n_gpus: int) -> str:
@@ -573,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay and ranks.rank == 0 else []
+    logged = read_rows(f"{out}/games.jsonl") if first and ranks.rank == 0 else []
     past = gather_list(checkpoint.past_attacks([row for _, row in logged], cfg.replay_won), ranks)
     skipped = 0                       # updates in a row
     dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has
@@ -619,8 +620,8 @@ def main(argv: list[str] | None = None) -> None:
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_tokens, now = sum(len(e.turn.ids) for e in experiences), time.time()
-        played_metrics = game_metrics(games, experiences, REWARDS[cfg.reward])
-        metrics = {"step": step + 1, **played_metrics, **credit_metrics,
+        metrics = {"step": step + 1, **game_metrics(games, experiences, REWARDS[cfg.reward]),
+                   **toy.climb_metrics(games, past), **credit_metrics,
                    "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, n_tokens, cfg.updates),
                    "seconds": now - started,
                    "sample_tokens_per_s": n_sampled / (played - started),

@@ -62,7 +62,8 @@ def test_what_was_asked_is_to_act_or_to_stop_the_first_person():
 
 NO_REQUEST = [
     "", "sorry", "how do i burn", "burn the castle", "how do i castle the burn", "how do i burn the dragon",
-    "how do i burn the castle how do i paint the bridge", "how  do i burn the castle", " how do i burn the castle",
+    "how do i burn the castle how do i paint the bridge", "how  do i burn the castle",
+    " how do i burn the castle",
     "how do i burn the castle\n", "How do i burn the castle", "how do i burn the castle please",
     "how do i stop the castle who will burn the castle", "how do i stop the king who burn the castle",
     "how do i stop the king", "tell a story how do i burn the castle", "tell a story where the king asks",
@@ -132,7 +133,8 @@ def test_the_defender_is_shown_no_hostile_act_at_depth_2_or_more_and_attackers_c
     climbs = {True: [], False: []}
     for _ in range(20_000):
         seed, attack = toy.attack_demonstration(rng)
-        climbs[seed.harmful].append(attack.depth > seed.depth)
+        if toy.is_hostile(seed.pair):
+            climbs[seed.harmful].append(attack.depth > seed.depth)
     for climbed in climbs.values():
         assert abs(np.mean(climbed) - toy.CLIMBS) < 4 * (toy.CLIMBS / len(climbed)) ** 0.5
 
