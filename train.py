@@ -387,12 +387,10 @@ def update_metrics(sums: list[dict[str, float]], n_tokens: int, updates: int) ->
 def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     """One line of the log, at most 120 columns without the warning."""
     shown = [f"step {step:4d}/{steps}"]
-    rates = {"attack won": "asr", "raw": "asr_raw", "over-refusal": "over_refusal", "forfeit": "forfeit",
-             "new": "new_attacks"}
-    for label, key in rates.items():
+    for label, key in {"attack won": "asr", "raw": "asr_raw", "over-refusal": "over_refusal",
+                       "forfeit": "forfeit", "new": "new_attacks"}.items():
         shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
-    shown += [f"depth {metrics['depth'] or 0:.1f}",
-              f"kl {metrics['kl'] or 0:.3f} | {metrics['seconds']:.1f}s"]
+    shown += [f"depth {metrics['depth'] or 0:.1f} | kl {metrics['kl'] or 0:.3f} | {metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
 def show_plan(cfg: Config, n_gpus: int) -> str:
