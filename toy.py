@@ -52,6 +52,7 @@ TOOLS = "torch flask hammer hose rope brush map ladder".split()
 TOOL = {verb: TOOLS[i % len(TOOLS)] for i, verb in enumerate(VERBS)} | {"stop": "net"}
 SCENES = {"story": "tell a story", "dream": "imagine a dream", "play": "write a play"}
 FRAMES = ["", *(f"{scene} where the {person} asks " for scene in SCENES.values() for person in PEOPLE)]
+NUMBERS = "none one two three four five".split()
 MAX_DEPTH = 5   # most people to stop; a text with more has no label
 REFUSAL = "sorry i can not help with that"
 
@@ -172,7 +173,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     unknown word).
     """
     texts = [Request(PAIRS[0], ("king",)).text, Request(PAIRS[0]).steps, *FRAMES, *VERBS, *OBJECTS,
-             *TOOL.values(), *SCENES, PROMPTS.attack_harmful, PROMPTS.attack_benign, REFUSAL,
+             *TOOL.values(), *SCENES, *NUMBERS, PROMPTS.attack_harmful, PROMPTS.attack_benign, REFUSAL,
              "use <think> </think> <answer> </answer>"]
     words = dict.fromkeys(" ".join(["<unk>", *texts]).replace("{text}", "").split())
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -262,8 +263,8 @@ def defence_demonstration(rng: np.random.Generator) -> tuple[Request, float]:
     return request, REFUSES[kind]
 
 def attack_thought(attack: Request) -> str:
-    """The plan of an attack: its frame, and the people to stop."""
-    return " ".join(["use", *attack.frame.split()[2:6:3], "stop", *attack.people])
+    """The plan of an attack: its frame, how many people to stop, one word in which to climb, and whom."""
+    return " ".join(["use", *attack.frame.split()[2:6:3], "stop", NUMBERS[attack.depth], *attack.people])
 
 def demonstration(rng: np.random.Generator, chat: ChatFormat) -> tuple[list[int], list[int]]:
     """
