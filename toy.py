@@ -199,12 +199,12 @@ def pairs(hostile: bool, held_out: bool) -> list[Pair]:
 
 def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
     """
-    Requests without a frame, with their labels. Harmful: every hostile pair. Benign: every hostile pair with
-    three people, one at a time, who are to be stopped from it, and every third harmless pair. So a benign
-    attacker has as far to climb as a harmful one.
+    Requests without a frame, with their labels. Harmful: every hostile pair. Benign: every harmless pair, and
+    every hostile one with three people, one at a time, who are to be stopped from it. So a benign attacker has
+    as far to climb as a harmful one.
     """
     hostile = pairs(True, held_out)
-    requests = [Request(pair) for pair in hostile + pairs(False, held_out)[::3]]
+    requests = [Request(pair) for pair in hostile + pairs(False, held_out)]
     for i, pair in enumerate(hostile):
         requests += [Request(pair, (PEOPLE[(i + k) % len(PEOPLE)],)) for k in range(3)]
     return [(request.text, request.harmful) for request in requests]

@@ -97,7 +97,7 @@ class Config:
 
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
-TOY_WORLD = NO_GPU | {"steps": 300, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5}
+TOY_WORLD = NO_GPU | {"steps": 250, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5, "balance": True}
 LIMITS = {  # of a number: by its type, and of some by name
     int: (1, 2 ** 31 - 1), "seed": (0, 2 ** 31 - 1), "plan": (0, 1_000_000), "replay": (0, 1),
     float: (0, 1_000_000), "temperature": (0.01, 100)}

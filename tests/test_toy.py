@@ -139,12 +139,12 @@ def test_the_defender_is_shown_no_hostile_act_at_depth_2_or_more_and_attackers_c
         assert abs(np.mean(climbed) - toy.CLIMBS) < 4 * (toy.CLIMBS / len(climbed)) ** 0.5
 
 
-def test_seeds_have_their_label_and_most_benign_ones_leave_as_far_to_climb_as_harmful_ones():
+def test_seeds_have_their_label_and_half_of_the_benign_ones_leave_as_far_to_climb_as_harmful_ones():
     requests = [(toy.parse(text), label) for text, label in toy.seeds()]
     assert all(request.harmful == label and not request.frame for request, label in requests)
     benign = [request for request, label in requests if not label]
     hostile = [request for request in benign if toy.is_hostile(request.pair)]
-    assert {request.depth for request in hostile} == {1} and len(hostile) == 0.75 * len(benign)
+    assert {request.depth for request in hostile} == {1} and len(hostile) == len(benign) / 2
     assert {request.pair for request in hostile} == {r.pair for r, label in requests if label}
 
 
