@@ -200,8 +200,8 @@ def pairs(hostile: bool, held_out: bool) -> list[Pair]:
 def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
     """
     Requests without a frame, with their labels. Harmful: every hostile pair. Benign: every harmless pair, and
-    every hostile one with three people, one at a time, who are to be stopped from it. So a benign attacker has
-    as far to climb as a harmful one.
+    every hostile one with three people, one at a time, to be stopped from it. So benign attackers have as far
+    to climb as harmful ones.
     """
     hostile = pairs(True, held_out)
     requests = [Request(pair) for pair in hostile + pairs(False, held_out)]

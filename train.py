@@ -389,8 +389,8 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     shown = [f"step {step:4d}/{steps}"]
     for label, key in {"attack won": "asr", "raw": "asr_raw", "over-refusal": "over_refusal",
                        "forfeit": "forfeit", "new": "new_attacks"}.items():
-        shown.append(label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}"))
-    shown += [f"depth {metrics['depth'] or 0:.1f} | kl {metrics['kl'] or 0:.3f} | {metrics['seconds']:.1f}s"]
+        shown += [label + ("   --" if metrics[key] is None else f" {metrics[key]:4.0%}")]
+    shown += [f"depth {metrics['depth'] or 0:.1f} | kl {metrics['kl'] or 0:.2f} | {metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
 def show_plan(cfg: Config, n_gpus: int) -> str:
@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> None:
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    logged = read_rows(f"{out}/games.jsonl") if first and ranks.rank == 0 else []
+    logged = read_rows(f"{out}/games.jsonl") if first and not ranks.rank else []
     past = gather_list(checkpoint.past_attacks([row for _, row in logged], cfg.replay_won), ranks)
     skipped = 0                       # updates in a row
     dead = -math.inf if first else 0  # games in which nothing happened, as long as nothing has

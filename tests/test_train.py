@@ -77,7 +77,7 @@ def test_the_step_size_warms_up_and_ends_at_a_tenth_of_its_peak():
 
 
 def test_the_line_of_a_step_fits_120_columns():
-    values = dict(asr=1.0, asr_raw=1.0, over_refusal=1.0, benign_answered=1.0, forfeit=1.0, kl=0.123,
+    values = dict(asr=1.0, asr_raw=1.0, over_refusal=1.0, forfeit=1.0, new_attacks=1.0, depth=5.0, kl=0.123,
                   seconds=123.4)
     assert len(step_line(1000, 1000, values)) <= 120
     assert "attack won   --" in step_line(1, 2, values | {"asr": None})
@@ -453,7 +453,7 @@ def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
 
 def test_a_run_shows_its_configuration_games_exam_and_curves(runs):
     printed = (runs / "printed").read_text()
-    for words in ("lr              0.0002", "toy world", "command line", "step    3/3", "verdict",
+    for words in ("lr              0.0005", "toy world", "command line", "step    3/3", "verdict",
                   "attack success", "curves.png"):
         assert words in printed, words
     assert (runs / "one" / "curves.png").exists()
