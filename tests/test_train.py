@@ -92,7 +92,7 @@ def make_turn(role, prompt, sampled):
 def some_experiences(model, n=10):
     """Turns that the model sampled, and random advantages of their tokens."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 160, size=rng.integers(2, 9)).tolist() for _ in range(n)]
+    prompts = [rng.integers(1, 100, size=rng.integers(2, 9)).tolist() for _ in range(n)]
     replies = sample(model, prompts, uniforms(0, 0, range(n), 0, 9), [1, 2, 3, 4, 5, 6])
     experiences = []
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
@@ -277,7 +277,7 @@ def train_on_random_roles(config, file, rank):
     for step in range(100):
         rng = np.random.default_rng(step)
         n = int(rng.integers(0, 7))
-        prompts = [rng.integers(1, 160, size=rng.integers(2, 9)).tolist() for _ in range(n)]
+        prompts = [rng.integers(1, 100, size=rng.integers(2, 9)).tolist() for _ in range(n)]
         mine = list(range(n))[ranks.rank::ranks.world]
         replies = []
         with train.gathered(policy):
