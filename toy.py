@@ -228,8 +228,8 @@ def exam() -> list[tuple[str, bool]]:
 # ---------------------------------------------------------------- supervised fine-tuning (SFT)
 # How often the demonstrated defender refuses a hostile pair. No rate is 0 or 1: if all replies to a request
 # were alike, RL would have nothing to reinforce.
-REFUSES = {"harmless": 0.05, "plain": 0.95, "framed": 0.15, "stopped": 0.1}
-CLIMBS = 0.15   # how often a demonstrated attacker goes two deeper, and then again
+REFUSES = {"harmless": 0.03, "plain": 0.95, "framed": 0.15, "stopped": 0.05}
+CLIMBS = 0.08   # how often a demonstrated attacker goes two deeper, and then again
 TRAIN_PAIRS = {hostile: pairs(hostile, held_out=False) for hostile in (True, False)}
 
 def write_reply(thought: str, answer: str, cot: bool = True) -> str:
