@@ -175,7 +175,7 @@ def change(tmp_path, sft_run):
 TITLES = ("what the roles are told", "the payoffs", "a payoff that depends on the attack's text",
           "the judge: a Python function", "the judge: a model", "the seeds of a step, their shares and pairs",
           "another credit function", "the credit of a token", "the loss",
-          "a metric of each step", "a rate of finished models", "the tactics of the embedded world")
+          "a metric of each step", "a rate of finished models", "the scenes of the embedded world")
 
 
 def test_the_table_has_the_changes_that_are_made_here():

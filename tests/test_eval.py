@@ -311,8 +311,9 @@ def test_a_file_that_holds_no_games_is_refused(tmp_path, capsys):
 def test_a_report_has_a_column_per_kind_of_run_and_counts_a_shared_start_once(sft_run, tmp_path, capsys):
     command("report", sft_run, sft_run / "step_000001", "--n", 8, "--json", tmp_path / "r.json")
     kinds = json.loads((tmp_path / "r.json").read_text())
-    assert {kind: len(results) for kind, results in kinds.items()} == {"start": 1, "self replay=0.5": 1}
-    assert "| start, 1 runs | self replay=0.5, 1 runs |" in capsys.readouterr().out
+    assert {kind: len(results) for kind, results in kinds.items()} == {
+        "start": 1, "self balance=True replay=0.5": 1}
+    assert "| start, 1 runs | self balance=True replay=0.5, 1 runs |" in capsys.readouterr().out
 
 
 def test_a_spread_is_the_mean_and_the_deviation_of_a_sample():
