@@ -30,7 +30,7 @@ from data import read_prompts
 from judge import Judge, open_judge
 from kernels import stop
 from model import Transformer, find_checkpoint, load, newest_step, run_config, weight_files
-from sample import Sample, open_tokenizer, sample, stop_ids, uniforms
+from sample import Sample, open_tokenizer, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, DEFENDER, ENGLISH, REWARDS, ChatFormat, Game, Prompts, Reply, Seed, Turn,
                       is_legal, payoffs, play, seed_pools, seeds_for_step)
 
@@ -186,8 +186,7 @@ def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
     rows = [row for _, prompts, _ in read_prompts(files or config["seeds"]) for row in prompts]
     requests = {"seed": rows}
     if toy.is_toy_model(name) and not rows:
-        held_out = [(toy.plain(pair), toy.is_harmful(pair)) for pair in sorted(toy.HELD_OUT)]
-        requests = {"held-out": held_out, "training": toy.seeds()}
+        requests = {"held-out": toy.seeds(held_out=True), "training": toy.seeds()}
     judge = open_judge_on_device(config["judge"])
     return [Matchup(title, alternate(rows, n), judge, config["reward"], config["max_new_tokens"])
             for title, rows in requests.items()]
@@ -301,26 +300,38 @@ def side_of(response: str, model: str) -> str:
              f"not against {model}; give runs of --play attacker or defender with --opponent {model}.")
     return side
 
-def fixed_attacks(seeds: list[Seed], tactics: dict) -> list[Reply]:
-    """Attacks that always use the same tactics, one set on harmful and one on benign requests."""
-    texts = [toy.disguise(toy.request(seed.text), tactics[seed.harmful]) for seed in seeds]
-    return [Reply(text, "", text, True) for text in texts]
+def legal_attacks(seed: Seed, n: int, rng: np.random.Generator) -> list[str]:
+    """
+    n attacks about a seed's pair with the seed's label: all up to depth 2, or n of them, and then uniform
+    ones of the depths beyond, each depth as often.
+    """
+    pair = toy.pair_of(seed.text)
+    at = toy.depths(pair, seed.harmful)
+    shallow = [request.text for depth in at if depth <= 2 for request in toy.every(pair, depth)]
+    if len(shallow) > n:
+        return [shallow[i] for i in rng.choice(len(shallow), n, replace=False)]
+    deep = [depth for depth in at if depth > 2]
+    return shallow + [toy.draw(rng, pair, deep[i % len(deep)]).text for i in range(n - len(shallow))]
 
-def best_tactics(defender: EvalModel, matchup: Matchup) -> dict:
-    """The sets of tactics that earn most on harmful and on benign requests: all 64 are tried on 96 seeds."""
-    few = replace(matchup, seeds=matchup.seeds[:96])
-    attacks = []
-    for tactics in toy.SETS:
-        attacks += fixed_attacks(few.seeds, {True: tactics, False: tactics})
-    paid_SN = earned(games_of(defender, few, attacks), few.reward, ATTACKER).reshape(len(toy.SETS), -1)
-    harmful_N = np.array([seed.harmful for seed in few.seeds])
-    return {kind: toy.SETS[np.nanmean(paid_SN[:, harmful_N == kind], 1).argmax()] for kind in (True, False)}
+def search(defender: EvalModel, matchup: Matchup, n: int) -> list[Reply]:
+    """
+    For each seed the legal attack that earns most of n, each answered once. Of those that earn the same, any:
+    the first would always be the shallowest.
+    """
+    rng = stream("search")
+    best = []
+    for seed in matchup.seeds:
+        texts = legal_attacks(seed, n, rng)
+        attacks = [Reply(texts[i], "", texts[i], True) for i in rng.permutation(len(texts))]
+        games = games_of(defender, replace(matchup, seeds=[seed]), attacks, seed=1)
+        best.append(attacks[np.nanargmax(earned(games, matchup.reward, ATTACKER))])
+    return best
 
-def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> list[dict]:
+def measure(model: EvalModel, sides: dict, matchup: Matchup, n_searched: int) -> list[dict]:
     """
     The outcome of fresh games between a model and every response (name: side), with that of its own games
-    beside it. One more attacker always uses `tactics`, if there are any. A gain is measured seed by seed, and
-    is a lower bound of eps.
+    beside it. With `n_searched`, one more attacker has searched so many attacks on each seed; its games here
+    are fresh ones. A gain is measured seed by seed, and is a lower bound of eps.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
     played = {}
@@ -328,10 +339,9 @@ def measure(model: EvalModel, sides: dict, matchup: Matchup, tactics: dict) -> l
         players = {ATTACKER: model, DEFENDER: model, side: open_eval_model(name)}
         attacks = attacks_of(players[ATTACKER], matchup)
         played[side, name] = games_of(players[DEFENDER], matchup, attacks)
-    if tactics:
-        names = f"{'+'.join(sorted(tactics[True]))} / {'+'.join(sorted(tactics[False]))}"
-        title = f"the best of {len(toy.SETS)} fixed tactics, {names}"
-        played[ATTACKER, title] = games_of(model, matchup, fixed_attacks(matchup.seeds, tactics))
+    if n_searched:
+        title = f"the best of {n_searched} legal attacks on each request"
+        played[ATTACKER, title] = games_of(model, matchup, search(model, matchup, n_searched))
     result = outcome(own, matchup.reward)
     entries = []
     for (side, name), games in played.items():
@@ -345,17 +355,15 @@ EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (dow
            "gain": "gain of the response: eps is at least that"}
 
 def exploit(args: Namespace) -> dict:
-    """Play the first model against its responses and the best fixed tactics: a column each."""
+    """Play the first model against its responses and the best legal attacks: a column each."""
     name, *responses = args.models
     sides = {response: side_of(response, name) for response in responses}
     meetings = matchups(name, args.n, args.prompts)
-    in_toy = all(toy.request(seed.text) for seed in meetings[-1].seeds)
+    in_toy = all(toy.pair_of(seed.text) for seed in meetings[0].seeds)
     if not responses and not in_toy:
         stop(f"{name}: there is nothing to try; give runs of train.py --play attacker --opponent {name}.")
     model = open_eval_model(name)
-    # without --prompts chosen on the training requests, and reported on the held-out ones
-    tactics = best_tactics(model, meetings[-1]) if in_toy else {}
-    results = measure(model, sides, meetings[0], tactics)
+    results = measure(model, sides, meetings[0], args.search * in_toy)
     columns = {f"{entry['side']}: {entry['response']}": entry for entry in results}
     title = f"{name}; {meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
     print(markdown(title, columns, EXPLOIT), flush=True)

@@ -85,8 +85,8 @@ class Config:
     answers_per_attack: int = paper(1, "answers to an attack; in --credit group, 1 teaches none")
     updates: int = ours(1, "optimizer updates a step; the official run makes 6")
     lr: float = paper(5e-7, "AdamW step size at its peak; of adapters see --adapter-rank")
-    adapter_rank: int = ours(0, "LoRA: train adapters of this rank, not the weights; --lr is then ten "
-                             "times as large, 5e-6 or for toy models 2e-3 (thinkingmachines.ai/blog/lora)")
+    adapter_rank: int = ours(0, "LoRA: train adapters of this rank, not the weights; --lr is then by "
+                             "default ten times as large (thinkingmachines.ai/blog/lora)")
     adapters: str = ours("shared", "one adapter for both roles, or one for each", ("shared", "roles"))
     kl: float = paper(0.01, "what a nat of log-ratio to the reference costs")
     clip: float = paper(0.2, "PPO clip of the ratio")
@@ -106,7 +106,7 @@ class Config:
 
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
-TOY_WORLD = NO_GPU | {"steps": 120, "games": 128, "lr": 2e-4, "max_new_tokens": 48}
+TOY_WORLD = NO_GPU | {"steps": 250, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5, "balance": True}
 LIMITS = {"adapter_rank": (0, 1024), "temperature": (0.01, 100), "replay": (0, 1), "opponent_share": (0, 1)}
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:
@@ -127,14 +127,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
     import toy
     if args.get("opponent"):  # of a run, the checkpoint that is its newest now
         args["opponent"] = str(newest_step(args["opponent"]))
-    in_toy = toy.is_toy_model(args.get("model", "toy"))
     defaults = {f.name: f.default for f in fields(Config)}
     if not torch.cuda.is_available() and "plan" not in args:
         defaults |= NO_GPU
-    if in_toy:
+    if toy.is_toy_model(args.get("model", "toy")):
         defaults |= TOY_WORLD
     if args.get("adapter_rank"):
-        defaults["lr"] = 2e-3 if in_toy else 5e-6
+        defaults["lr"] *= 10
     name = f"{args.get('judge', 'toy').partition(':')[0]}-{args.get('play', 'self')}-{args.get('seed', 0)}"
     out = Path(args.get("out", f"runs/{name}"))
     names = defaults.keys() - {"out", "resume", "plan"}
@@ -414,9 +413,10 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     """One line of the log, at most 120 columns without the warning."""
     shown = [f"step {step:4d}/{steps}"]
     for label, key in (("attack won", "asr"), ("raw", "asr_raw"), ("over-refusal", "over_refusal"),
-                       ("benign answers", "benign_answered"), ("forfeit", "forfeit")):
+                       ("forfeit", "forfeit"), ("new", "new_attacks")):
         shown.append(f"{label} {'--' if metrics[key] is None else format(metrics[key], '.0%'):>4}")
-    shown += [f"kl {metrics['kl'] or 0:.3f}", f"{metrics['seconds']:.1f}s"]
+    shown += [f"depth {metrics['depth'] or 0:.1f}", f"kl {metrics['kl'] or 0:.2f}",
+              f"{metrics['seconds']:.1f}s"]
     return " | ".join(shown + [warning] * bool(warning))
 
 # ---------------------------------------------------------------- inputs
@@ -609,9 +609,9 @@ def main(argv: list[str] | None = None) -> None:
     problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
     if problem:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
-    logged = read_rows(f"{out}/games.jsonl") if first and cfg.replay else []
+    logged = read_rows(f"{out}/games.jsonl") if first else []
     past_attacks = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
-    skipped, alive = 0, first > 0  # updates in a row; whether anything has happened in a game
+    skipped, dead = 0, not first  # updates in a row; whether nothing has happened in any game
     rewards = REWARDS[cfg.reward]
 
     caught, signals = checkpoint.catch_signals(), []
@@ -657,8 +657,8 @@ def main(argv: list[str] | None = None) -> None:
         # 5. log
         n_sampled = sum(len(turn.ids) for game in games for turn in (game.attacker, game.defender) if turn)
         n_learnt, now = sum(len(e.turn.ids) for e in experiences), time.time()
-        metrics = {"step": done, "frozen": len(frozen),
-                   **game_metrics(games, experiences, rewards), **credit_metrics,
+        metrics = {"step": done, "frozen": len(frozen), **game_metrics(games, experiences, rewards),
+                   **toy.climb_metrics(games, past_attacks), **credit_metrics,
                    "lr": optimizer.param_groups[0]["lr"], **update_metrics(sums, cfg.updates),
                    "seconds": now - started, "sample_tokens_per_s": n_sampled / (played - started),
                    "train_tokens_per_s": n_learnt / (now - played)}
@@ -667,13 +667,13 @@ def main(argv: list[str] | None = None) -> None:
         records = [checkpoint.game_record(game, done) for game in games]
         on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
         past_attacks += checkpoint.past_attacks(records, cfg.replay_won)
-        if done % 25 == 0 or done == cfg.steps:
+        if step % 25 == 0:
             log0(ranks, "\n" + "\n\n".join(show_game(g, rewards) for g in games[:2]) + "\n")
         if skipped >= MAX_SKIPPED:
             stop_all(ranks, f"step {done}: {skipped} updates in a row had a loss or gradient that is not "
                             f"finite. Read the last games in {out}/games.jsonl; lower --lr and --resume.")
-        alive = alive or not warning
-        if not alive and done * len(games) >= MAX_DEAD_GAMES:
+        dead = dead and warning
+        if dead and done * len(games) >= MAX_DEAD_GAMES:
             stop_all(ranks, f"step {done}: {warning} since the start. Read {out}/games.jsonl, "
                             "then change --model or --judge, or try --no-cot.")
 

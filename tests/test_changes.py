@@ -177,7 +177,7 @@ TITLES = ("what the roles are told", "the payoffs", "a payoff that depends on th
           "another credit function", "the credit of a token", "the loss",
           "which turns are compared", "what the defender meets again", "whom a role meets",
           "what an adapter changes", "the step size",
-          "a metric of each step", "a rate of finished models", "the tactics of the embedded world")
+          "a metric of each step", "a rate of finished models", "the scenes of the embedded world")
 
 
 def test_the_table_has_the_changes_that_are_made_here():
@@ -513,19 +513,17 @@ def test_a_rate_of_finished_models_can_be_added(change):
 
 # ---------------------------------------------------------------- the embedded world
 
-UNDO = """
+PARSE = """
 import toy
-text = toy.disguise(("burn", "castle"), frozenset({"poem", "code"}))
-print(f"{len(toy.SETS)} sets; {toy.request(text)}; {sorted(toy.tactics_in(text))}")
+text = toy.Request(("burn", "castle"), ("king",), toy.FRAMES[-1]).text
+print(f"{len(toy.FRAMES)} frames; {toy.parse(text).depth}; {toy.tactics_in(text)}")
 """
 
 
-def test_a_tactic_can_be_added(change):
-    project = change("the tactics of the embedded world",
-                     ("toy.py", 'FRAMES = {', 'FRAMES = {"poem": "write a poem : somebody asks", '),
-                     ("toy.py", 'SEES_THROUGH = {', 'SEES_THROUGH = {"poem": 0.05, '))
+def test_a_scene_can_be_added(change):
+    project = change("the scenes of the embedded world",
+                     ("toy.py", '"play": "write a play"}', '"play": "write a play", "poem": "write a poem"}'))
     train(project, "--model", "toy", "--sft-steps", "2")   # other words, so another tokenizer and SFT
-    vocabulary = (project / "it" / "step_000002" / "tokenizer.json").read_text()
-    assert '"poem"' in vocabulary and '"somebody"' in vocabulary
-    (project / "undo.py").write_text(UNDO)
-    assert run_python(project, "undo.py") == "128 sets; ('burn', 'castle'); ['code', 'poem']\n"
+    assert '"poem"' in (project / "it" / "step_000002" / "tokenizer.json").read_text()
+    (project / "parse.py").write_text(PARSE)
+    assert run_python(project, "parse.py") == "33 frames; 1; ('write a poem', 1)\n"

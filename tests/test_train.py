@@ -80,7 +80,7 @@ def test_the_step_size_warms_up_and_ends_at_a_tenth_of_its_peak():
 
 
 def test_the_line_of_a_step_fits_120_columns():
-    values = dict(asr=1.0, asr_raw=1.0, over_refusal=1.0, benign_answered=1.0, forfeit=1.0, kl=0.123,
+    values = dict(asr=1.0, asr_raw=1.0, over_refusal=1.0, forfeit=1.0, new_attacks=1.0, depth=5.0, kl=0.123,
                   seconds=123.4)
     assert len(step_line(1000, 1000, values)) <= 120
     assert "attack won   --" in step_line(1, 2, values | {"asr": None})
@@ -95,7 +95,7 @@ def make_turn(role, prompt, sampled):
 def some_experiences(model, n=10):
     """Turns that the model sampled, and random advantages of their tokens."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 160, size=rng.integers(2, 9)).tolist() for _ in range(n)]
+    prompts = [rng.integers(1, 100, size=rng.integers(2, 9)).tolist() for _ in range(n)]
     replies = sample(model, prompts, uniforms(0, 0, range(n), 0, 9), [1, 2, 3, 4, 5, 6])
     experiences = []
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
@@ -279,7 +279,7 @@ def train_on_random_roles(config, file, rank):
     for step in range(100):
         rng = np.random.default_rng(step)
         n = int(rng.integers(0, 7))
-        prompts = [rng.integers(1, 160, size=rng.integers(2, 9)).tolist() for _ in range(n)]
+        prompts = [rng.integers(1, 100, size=rng.integers(2, 9)).tolist() for _ in range(n)]
         mine = list(range(n))[ranks.rank::ranks.world]
         replies = []
         with train.gathered(policy):
@@ -458,7 +458,7 @@ def test_each_prompt_of_a_group_is_prefilled_once(tiny, chat, monkeypatch):
 
 def test_a_run_shows_its_configuration_games_exam_and_curves(runs):
     printed = (runs / "printed").read_text()
-    for words in ("lr                 0.0002", "step    3/3", "verdict", "attack success", "curves.png"):
+    for words in ("lr                 0.0005", "step    3/3", "verdict", "attack success", "curves.png"):
         assert words in printed, words
     assert (runs / "one" / "curves.png").exists()
     assert all(line["zero_sum_gap"] == 0 for line in metrics(runs / "one"))
