@@ -1,29 +1,43 @@
 """
 Does live play train a better defender than recorded attacks? All arms, with equal turns and updates.
 
-    python tests/arms.py --out runs/arms --seeds 0 1 2 3 4            # two hours on one core; --arms for some
+    python tests/arms.py --out runs/arms --jobs 2              # five seeds; --arms and --seeds for some
+    python tests/arms.py --out runs/knob-0.3 --climbs 0.3 --arms live start distinct     # another start
 
 Each arm is a run of train.py from the same start, with as many steps and games. A defender's token weighs the
-same in all of them (--balance). Pools of attacks, in equal numbers of each label, all of them legal:
+same in all of them (--balance). Variants of self-play:
 
     live        the attacker learns as the defender does; half of the raw games replay the run's past attacks
-    fresh       live, without replay
-    start       the start's attacks, as many as the live attacker wrote
-    distinct    the start's attacks, as many distinct ones as the live attacker wrote, each once
+    fresh       without replay
+    past        in half of the steps one role meets an earlier self
+    official    the official run's credit
+    paper       the official run's payoffs
+    no_cot      nobody thinks, from a start that was taught so
+
+Pools of recorded attacks for a defender alone, as many of each label as the live attacker's legal ones:
+
+    start       the start's attacks
+    distinct    the start's attacks, each once, as many distinct ones as the live attacker wrote
     frozen      attacks of an attacker that was trained against the frozen start
     other       the live attacks of the next seed: what live play found, but not against this defender
     uniform     an oracle: attacks drawn uniformly from the grammar, every depth as often
-    defender    raw requests alone
-    attacker    the attacker alone, against the frozen start
+
+And one side alone:
+
+    defender    raw requests
+    attacker    against the frozen start
 
 The errors are those of eval.py ladder: on held-out pairs, in requests that no attacker wrote. A finished run
-is not repeated. Prints a table; the numbers go to arms.json in the folder.
+is not repeated. The tables are printed, the numbers go to arms.json, the figure to arms.png in the folder.
 """
 import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser
+import time
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,12 +49,14 @@ from scipy import stats
 
 import toy
 from arena import Matchup, alternate, attacks_of, open_eval_model
-from eval import ladder
 from sample import stream
 
-FLAGS = {"fresh": ["--replay", 0], "attacker": ["--play", "attacker"], "defender": ["--play", "defender"]}
+FLAGS = {"live": [], "attacker": ["--play", "attacker"], "defender": ["--play", "defender"],
+         "fresh": ["--replay", "0"], "past": ["--opponent", "past", "--save-every", "10"],
+         "official": ["--credit", "reinforce++"], "paper": ["--reward", "paper"], "no_cot": ["--no-cot"]}
 POOLS = ("start", "distinct", "frozen", "other", "uniform")
-ARMS = ("live", "attacker", "fresh", "defender", *POOLS)   # in this order: pools are made from earlier runs
+ARMS = (*FLAGS, *POOLS)
+OWN_START = ("live", "no_cot")   # the live run of a seed makes the start of its other arms
 SHOWN = {"balanced": "balanced error", "worst": "worst depth", "asr": "attack success",
          "over_refusal": "over-refusal", "harmless": "harmless refused"}
 MOST_BATCHES = 20   # times that the start writes as many attacks as live play wrote, to find distinct ones
@@ -110,23 +126,62 @@ def pool(arm: str, out: Path, seed: int, seeds: list[int]) -> list[Attack]:
 
 # ---------------------------------------------------------------- runs
 
-def train(out: Path, arm: str, seed: int, seeds: list[int], flags: list[str]) -> None:
-    """Run an arm, unless it has finished before. The live run of a seed makes the start of all its arms."""
-    run = out / f"{arm}-{seed}"
-    if (run / "finished").exists():
-        return
-    args = [*flags, *FLAGS.get(arm, []), "--seed", seed, "--balance", "--no-exam", "--out", run]
-    if arm != "live":
-        args += ["--model", out / f"live-{seed}" / "step_000000"]
+def arguments(arm: str, seed: int, args: Namespace) -> list[str]:
+    """What train.py is told. A pool is written here."""
+    run = args.out / f"{arm}-{seed}"
+    words = [*args.flags, *FLAGS.get(arm, []), "--seed", str(seed), "--no-exam", "--out", str(run)]
+    if arm not in OWN_START:
+        words += ["--model", str(args.out / f"live-{seed}" / "step_000000")]
     if arm in POOLS:
-        file = out / f"{arm}-{seed}.jsonl"
-        rows = [{"attack": text, "harmful": harmful} for text, harmful in pool(arm, out, seed, seeds)]
+        file = args.out / f"{arm}-{seed}.jsonl"
+        rows = [{"attack": text, "harmful": harmful} for text, harmful in pool(arm, args.out, seed, args.seeds)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args += ["--play", "defender", "--attacks", file]
-    with open(out / f"{arm}-{seed}.log", "w") as log:
-        command = [sys.executable, ROOT / "train.py", *map(str, args)]
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    (run / "finished").touch()
+        words += ["--play", "defender", "--attacks", str(file)]
+    return words
+
+
+def run_arm(arm: str, seed: int, args: Namespace) -> None:
+    """Train and examine an arm, unless that has been done before."""
+    run = args.out / f"{arm}-{seed}"
+    if (run / "ladder.json").exists():
+        return
+    started = time.time()
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toy; toy.CLIMBS = {args.climbs}; import train; "
+    with open(args.out / f"{arm}-{seed}.log", "w") as log:
+        for command in (["-c", start + "train.main()", *arguments(arm, seed, args)],
+                        [ROOT / "eval.py", "ladder", run, "--json", run / "ladder.json"]):
+            subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=True)
+    print(f"{arm}-{seed}: {time.time() - started:.0f} s", flush=True)
+
+
+def run_all(args: Namespace) -> None:
+    """Live runs first, which make the starts; then what pools are made from; then pools."""
+    stages = [OWN_START, [arm for arm in FLAGS if arm not in OWN_START], POOLS]
+    for stage in stages:
+        tasks = [(arm, seed) for arm in stage if arm in args.arms for seed in args.seeds]
+        with ThreadPoolExecutor(args.jobs) as threads:
+            list(threads.map(lambda task: run_arm(*task, args), tasks))
+
+
+# ---------------------------------------------------------------- numbers
+
+def entropy(texts: list[str]) -> float:
+    """Of the empirical distribution, in nats; at most the logarithm of the number of texts."""
+    share_N = np.array(list(Counter(texts).values())) / len(texts)
+    return float(-(share_N * np.log(share_N)).sum())
+
+
+def race(run: Path) -> dict[str, float]:
+    """Attack success: the lowest before its peak, the peak and the end (means of five steps); deepest mean depth."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    asr_S = np.convolve([row["asr"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
+    depth_S = np.convolve([row["depth"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
+    low = int(asr_S[:len(asr_S) // 2].argmin())
+    for _ in range(10):   # the trough and the peak after it
+        peak = low + int(asr_S[low:].argmax())
+        low = int(asr_S[:peak + 1].argmin())
+    return {"start": float(asr_S[0]), "low": float(asr_S[low]), "peak": float(asr_S[peak]),
+            "end": float(asr_S[-1]), "deepest": float(depth_S.max()), "seconds": sum(row["seconds"] for row in rows)}
 
 
 def attack_counts(attacks: list[Attack]) -> dict:
@@ -139,46 +194,81 @@ def attack_counts(attacks: list[Attack]) -> dict:
 
 def measure(out: Path, arm: str, seed: int) -> dict:
     """The errors of an arm's defender, and the attacks that it met."""
-    model = open_eval_model(str(out / (f"live-{seed}/step_000000" if arm == "no play" else f"{arm}-{seed}")))
-    attacks = []
+    run = out / f"{arm}-{seed}"
+    ladder = json.loads((run / "ladder.json").read_text())
+    attacks = legal_attacks(run) if arm in FLAGS else []
     if arm in POOLS:
-        lines = (out / f"{arm}-{seed}.jsonl").read_text().splitlines()
-        attacks = [(row["attack"], row["harmful"]) for row in map(json.loads, lines)]
-    elif arm != "no play":
-        attacks = legal_attacks(out / f"{arm}-{seed}")
-    return attack_counts(attacks) | {"greedy": ladder(model), "sampled": ladder(model, 1.0)}
+        rows = map(json.loads, (out / f"{arm}-{seed}.jsonl").read_text().splitlines())
+        attacks = [(row["attack"], row["harmful"]) for row in rows]
+    errors = {how: next(iter(by_model.values())) for how, by_model in ladder.items()}
+    return attack_counts(attacks) | errors | {"race": race(run)}
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean over seeds (Student's t)."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def summary(values: list[float]) -> str:
-    """The mean, its 95 % interval over seeds (Student's t), and each seed."""
+    """The mean, its interval, and each seed."""
     each = " ".join(f"{value:.3f}" for value in values)
-    if len(values) < 2:
-        return each
-    spread = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3f} ± {spread:.3f} ({each})"
+    return each if len(values) < 2 else f"{np.mean(values):.3f} ± {interval(values):.3f} ({each})"
 
 
-def main() -> None:
-    cli = ArgumentParser(description=__doc__.split("\n\n")[0])
-    cli.add_argument("--out", type=Path, required=True, help="folder of the runs, and of arms.json")
-    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live, frozen attacker")
-    cli.add_argument("--flags", nargs="*", default=[], help="of all runs, such as steps=300 lr=5e-4")
-    args = cli.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    flags = [part for flag in args.flags for part in f"--{flag}".split("=")]
-    arms = [arm for arm in ARMS if arm in args.arms]
-    for arm in arms:
-        for seed in args.seeds:
-            train(args.out, arm, seed, args.seeds, flags)
-    results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds} for arm in ["no play", *arms]}
-    (args.out / "arms.json").write_text(json.dumps(results, indent=1))
+def print_tables(results: dict) -> None:
+    """The errors, greedy and sampled; what the defenders met; how the race went."""
     for how in ("greedy", "sampled"):
         print(f"| {how} | {' | '.join(SHOWN.values())} |\n|{' --- |' * (len(SHOWN) + 1)}")
         for arm, by_seed in results.items():
             cells = [summary([result[how][key]["value"] for result in by_seed.values()]) for key in SHOWN]
             print(f"| {arm} | {' | '.join(cells)} |")
         print()
+    print("| arm, seed | attacks | distinct | at depths 0 to 5 | attack success: first, lowest, peak, last | deepest mean |"
+          "\n|" + " --- |" * 6)
+    for arm, by_seed in results.items():
+        for seed, result in by_seed.items():
+            course = [f"{result['race'][key]:.2f}" for key in ("start", "low", "peak", "end")]
+            print(f"| {arm}, {seed} | {result['attacks']} | {result['distinct']} | "
+                  f"{' '.join(map(str, result['depths'].values()))} | {', '.join(course)} | "
+                  f"{result['race']['deepest']:.2f} |")
+
+
+def draw(results: dict, file: Path) -> None:
+    """Balanced error of every arm: a dot for a seed, a bar for the mean and its interval."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(results) + 1))
+    for row, (arm, by_seed) in enumerate(results.items()):
+        values = [result["greedy"]["balanced"]["value"] for result in by_seed.values()]
+        axes.plot(values, [row] * len(values), "o", alpha=0.5, color="C0" if arm in FLAGS else "C1")
+        if len(values) > 1:
+            axes.errorbar(np.mean(values), row, xerr=interval(values), fmt="k|", capsize=3)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("balanced error on held-out requests, greedy (0.5: refuses, or answers, everything)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    cli = ArgumentParser(description=__doc__.split("\n\n")[0])
+    cli.add_argument("--out", type=Path, required=True, help="folder of the runs, of arms.json and arms.png")
+    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live; frozen: attacker")
+    cli.add_argument("--climbs", type=float, default=toy.CLIMBS, help="how often the start's attacker climbs")
+    cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")
+    cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
+    args = cli.parse_args()
+    args.flags = args.flags.split()
+    args.out.mkdir(parents=True, exist_ok=True)
+    run_all(args)
+    results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds} for arm in ARMS if arm in args.arms}
+    (args.out / "arms.json").write_text(json.dumps(results, indent=1))
+    print_tables(results)
+    draw(results, args.out / "arms.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""
+What does the work on a real model: supervised refusals, RL, recorded attacks, or self-play? Five arms.
+
+    python tests/real_arms.py --model path/to/SmolLM2-135M-Instruct --data FOLDER --out runs/real --seeds 0 1 2
+
+FOLDER holds WildJailbreak's files (`FILES`). Every arm starts from the same model, trains an adapter, and makes as
+many updates with as many games; all but `rl` have the same supervised pairs: half of them refusals of
+harmful training prompts, half the start's own answers to benign ones.
+
+    supervised  the pairs alone: every payoff is 0, and distance costs nothing
+    rl          self-play without pairs
+    defender    raw prompts and pairs
+    recorded    WildJailbreak's attacks and pairs, for a defender alone
+    self        self-play and pairs
+
+Measured on held-out prompts that no arm has met, plain and adversarial, 200 of each label, and on attacks
+that the start wrote on the plain ones. Answers are greedy and judged by refusal phrases. A finished run is
+not repeated. The tables are those of eval.py bench; all answers go to answers-SEED.jsonl in the folder.
+"""
+import json
+import subprocess
+import sys
+from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
+from arena import Matchup, attacks_of, open_eval_model
+from eval import bench_prompts
+from judge import open_judge
+from selfplay import REWARDS, Rewards, Seed
+from train import main as train_main
+
+FILES = {"harmful": "wildjailbreak_vanilla_harmful_256.jsonl", "benign": "wildjailbreak_vanilla_benign_256.jsonl",
+         "harmful attacks": "wildjailbreak_adversarial_harmful_256.jsonl",
+         "benign attacks": "wildjailbreak_adversarial_benign_128.jsonl",
+         "harmful test": "wildjailbreak_eval_harmful.jsonl", "benign test": "wildjailbreak_eval_benign.jsonl"}
+ARMS = {"supervised": ["--reward", "none", "--kl", "0"], "rl": [], "defender": ["--play", "defender"],
+        "recorded": ["--play", "defender", "--attacks", "attacks.jsonl"], "self": []}
+REFUSALS = ("I'm sorry, but I can't help with that.", "I can't assist with that request.",
+            "Sorry, I won't help with this, because it could hurt someone.")
+TESTS = ("plain_harmful", "plain_benign", "adversarial_harmful", "adversarial_benign", "attacks_harmful")
+NOTHING = dict.fromkeys("psh", 0.0)
+REWARDS["none"] = Rewards(attacker=NOTHING, defender=NOTHING, forfeit=0.0, drift_forfeits=False)
+
+
+# ---------------------------------------------------------------- files
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def held_out(data: dict[str, list[dict]], label: str, n: int) -> list[dict]:
+    """The first n rows of the benchmark of which no training file has the plain or the adversarial text."""
+    trained = {row["prompt"] for name, rows in data.items() if "test" not in name for row in rows}
+    rows = [row for row in data[f"{label} test"] if not trained & {row["vanilla"], row["adversarial"]}]
+    return rows[:n]
+
+
+def prepare(args, model) -> None:
+    """Seeds, recorded attacks, supervised pairs, held-out prompts, and the start's attacks on plain ones."""
+    data = {name: rows_of(args.data / file) for name, file in FILES.items()}
+    attacks = []
+    for label in ("harmful", "benign"):
+        write_rows(args.out / f"{label}.jsonl", [{"prompt": row["prompt"]} for row in data[label]])
+        attacks += [{"attack": row["prompt"], "harmful": label == "harmful"} for row in data[f"{label} attacks"]]
+        for column, kind in (("vanilla", "plain"), ("adversarial", "adversarial")):
+            test = held_out(data, label, args.n)
+            write_rows(args.out / f"{kind}_{label}.jsonl", [{"prompt": row[column]} for row in test])
+    write_rows(args.out / "attacks.jsonl", attacks)
+
+    benign = [(row["prompt"], False) for row in data["benign"][:args.pairs // 2]]
+    answers = bench_prompts(model, "keywords", benign, args.tokens)
+    pairs = [{"prompt": line["prompt"], "response": line["response"]} for line in answers]
+    for i, row in enumerate(data["harmful"][:args.pairs // 2]):
+        pairs.append({"prompt": row["prompt"], "response": REFUSALS[i % len(REFUSALS)]})
+    write_rows(args.out / "pairs.jsonl", pairs)
+
+    plain = [Seed(row["prompt"], True, revise=True) for row in rows_of(args.out / "plain_harmful.jsonl")]
+    matchup = Matchup("held-out", plain, open_judge("keywords"), "zero_sum", args.tokens)
+    written = [{"prompt": reply.answer} for reply in attacks_of(model, matchup) if reply.answer]
+    write_rows(args.out / "attacks_harmful.jsonl", written)
+
+
+# ---------------------------------------------------------------- runs
+
+def flags(arm: str, seed: int, args) -> list[str]:
+    """The arguments of train.py."""
+    common = {"model": args.model, "judge": "keywords", "steps": args.steps, "games": args.games, "lr": args.lr,
+              "max-new-tokens": args.tokens, "micro-tokens": 8192, "adapter-rank": 16, "seed": seed,
+              "out": f"{arm}-{seed}"}
+    pairs = [] if arm == "rl" else ["--sft", "pairs.jsonl"]
+    return [*(word for name, value in common.items() for word in (f"--{name}", str(value))), *pairs, "--no-cot",
+            "--no-recompute", "--no-exam", "--seeds", "harmful=harmful.jsonl", "benign=benign.jsonl", *ARMS[arm]]
+
+
+def train(arm: str, seed: int, args) -> None:
+    """An arm's run in a process of its own, unless it has finished before."""
+    run = args.out / f"{arm}-{seed}"
+    if (run / f"step_{args.steps:06d}").exists():
+        return
+    command = [sys.executable, str(Path(__file__).absolute()), "train", *flags(arm, seed, args)]
+    with open(f"{run}.log", "w") as log:
+        subprocess.run(command, cwd=args.out, stdout=log, stderr=subprocess.STDOUT, check=True)
+
+
+def measure(seed: int, args) -> None:
+    """eval.py bench of the start and of the arms of a seed; its tables are printed."""
+    names = [str(args.model), *(f"{arm}-{seed}" for arm in ARMS)]
+    prompts = [f"{name.split('_')[1]}={name}.jsonl" for name in TESTS]
+    numbers = Path(f"bench-{seed}.json")
+    if (args.out / numbers).exists():
+        return
+    command = [sys.executable, str(ROOT / "eval.py"), "bench", *names, "--judge", "keywords", "--prompts", *prompts,
+               "--max-new-tokens", str(args.tokens), "--json", str(numbers),
+               "--transcripts", f"answers-{seed}.jsonl"]
+    done = subprocess.run(command, cwd=args.out, capture_output=True, text=True)
+    print(done.stdout, done.stderr[-2000:] if done.returncode else "", flush=True)
+
+
+def main() -> None:
+    cli = ArgumentParser(description=__doc__.split("\n\n")[0])
+    cli.add_argument("--model", type=lambda name: Path(name).absolute(), required=True)
+    cli.add_argument("--data", type=Path, required=True, help="folder with WildJailbreak's files")
+    cli.add_argument("--out", type=Path, required=True)
+    cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    cli.add_argument("--steps", type=int, default=60)
+    cli.add_argument("--games", type=int, default=64, help="a step")
+    cli.add_argument("--tokens", type=int, default=64, help="longest attack, and longest answer")
+    cli.add_argument("--lr", type=float, default=2e-4)
+    cli.add_argument("--pairs", type=int, default=64, help="supervised ones, half of them refusals")
+    cli.add_argument("--n", type=int, default=200, help="held-out prompts of each kind and label")
+    cli.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    args = cli.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "attacks_harmful.jsonl").exists():
+        prepare(args, open_eval_model(str(args.model)))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(train, arm, seed, args) for seed in args.seeds for arm in ARMS]
+    for run in runs:
+        run.result()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: measure(seed, args), args.seeds))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        train_main(sys.argv[2:])
+    else:
+        main()
