@@ -160,6 +160,8 @@ def open_eval_model(name: str) -> EvalModel:
 @lru_cache
 def open_judge_on_device(name: str) -> Judge:
     """The judge that `--judge` names; a judge model is put where the players are."""
+    if name == "toy":
+        return toy.judge   # which labels held-out pairs, too
     return open_judge(name, lambda model: load(model, DTYPE).to(DEVICE))
 
 # ---------------------------------------------------------------- games between two models

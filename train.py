@@ -106,7 +106,7 @@ class Config:
 
 # Other defaults; the toy world's win over those without a GPU
 NO_GPU = {"games": 32, "max_new_tokens": 64, "micro_tokens": 1024, "precision": "fp32", "recompute": False}
-TOY_WORLD = NO_GPU | {"steps": 250, "games": 128, "lr": 5e-4, "kl": 0.1, "replay": 0.5, "balance": True}
+TOY_WORLD = NO_GPU | {"steps": 250, "games": 128, "lr": 5e-4, "kl": 0.05, "replay": 0.5, "balance": True}
 LIMITS = {"adapter_rank": (0, 1024), "temperature": (0.01, 100), "replay": (0, 1), "opponent_share": (0, 1)}
 
 def parse_args(argv: list[str] | None) -> dict[str, object]:

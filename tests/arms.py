@@ -55,7 +55,8 @@ FLAGS = {"live": [], "attacker": ["--play", "attacker"], "defender": ["--play", 
          "fresh": ["--replay", "0"], "past": ["--opponent", "past", "--save-every", "10"],
          "official": ["--credit", "reinforce++"], "paper": ["--reward", "paper"], "no_cot": ["--no-cot"]}
 POOLS = ("start", "distinct", "frozen", "other", "uniform")
-ARMS = (*FLAGS, *POOLS)
+# what pools wait for comes first
+ARMS = tuple(dict.fromkeys(["live", "no_cot", "attacker", "defender", *POOLS, *FLAGS]))
 OWN_START = ("live", "no_cot")   # the live run of a seed makes the start of its other arms
 SHOWN = {"balanced": "balanced error", "worst": "worst depth", "asr": "attack success",
          "over_refusal": "over-refusal", "harmless": "harmless refused"}
@@ -73,12 +74,12 @@ def legal_attacks(run: Path) -> list[Attack]:
 
 
 def attacks_of_start(start: Path, n: int, seed: int) -> list[Attack]:
-    """What the start writes on n training seeds, without illegal attacks."""
+    """What the start writes on n training seeds, but for attacks that are illegal or about held-out pairs."""
     matchup = Matchup("training", alternate(toy.seeds(), n), toy.judge, "zero_sum", 64)
     attacks = []
     for s, reply in zip(matchup.seeds, attacks_of(open_eval_model(str(start)), matchup, seed), strict=True):
         request = toy.parse(reply.answer)
-        if request and request.harmful == s.harmful:
+        if request and request.harmful == s.harmful and request.pair not in toy.HELD_OUT:
             attacks.append((request.text, s.harmful))
     return attacks
 
@@ -109,7 +110,7 @@ def pool(arm: str, out: Path, seed: int, seeds: list[int]) -> list[Attack]:
     if arm == "frozen":
         return equally_many(legal_attacks(out / f"attacker-{seed}"), live)
     if arm == "other":
-        next_seed = seeds[(seeds.index(seed) + 1) % len(seeds)]
+        (_, next_seed), _ = needs(arm, seed, seeds)
         return equally_many(legal_attacks(out / f"live-{next_seed}"), live)
     n = len(live) // 2 * 2 + 2
     if arm == "uniform":
@@ -134,7 +135,8 @@ def arguments(arm: str, seed: int, args: Namespace) -> list[str]:
         words += ["--model", str(args.out / f"live-{seed}" / "step_000000")]
     if arm in POOLS:
         file = args.out / f"{arm}-{seed}.jsonl"
-        rows = [{"attack": text, "harmful": harmful} for text, harmful in pool(arm, args.out, seed, args.seeds)]
+        attacks = pool(arm, args.out, seed, args.seeds)
+        rows = [{"attack": text, "harmful": harmful} for text, harmful in attacks]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         words += ["--play", "defender", "--attacks", str(file)]
     return words
@@ -146,21 +148,38 @@ def run_arm(arm: str, seed: int, args: Namespace) -> None:
     if (run / "ladder.json").exists():
         return
     started = time.time()
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toy; toy.CLIMBS = {args.climbs}; import train; "
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toy, train; "
+            f"toy.CLIMBS = {args.climbs}; train.main()")
     with open(args.out / f"{arm}-{seed}.log", "w") as log:
-        for command in (["-c", start + "train.main()", *arguments(arm, seed, args)],
+        for command in (["-c", code, *arguments(arm, seed, args)],
                         [ROOT / "eval.py", "ladder", run, "--json", run / "ladder.json"]):
             subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=True)
     print(f"{arm}-{seed}: {time.time() - started:.0f} s", flush=True)
 
 
+def needs(arm: str, seed: int, seeds: list[int]) -> list[tuple[str, int]]:
+    """The runs that an arm is made from: its start, and those whose attacks it records."""
+    next_seed = seeds[(seeds.index(seed) + 1) % len(seeds)]
+    others = {"frozen": [("attacker", seed)], "other": [("live", next_seed)]}
+    return others.get(arm, []) + [("live", seed)] * (arm not in OWN_START)
+
+
 def run_all(args: Namespace) -> None:
-    """Live runs first, which make the starts; then what pools are made from; then pools."""
-    stages = [OWN_START, [arm for arm in FLAGS if arm not in OWN_START], POOLS]
-    for stage in stages:
-        tasks = [(arm, seed) for arm in stage if arm in args.arms for seed in args.seeds]
-        with ThreadPoolExecutor(args.jobs) as threads:
-            list(threads.map(lambda task: run_arm(*task, args), tasks))
+    """Every arm of every seed, `--jobs` at a time, each after those that it needs."""
+    runs = {}   # submitted in the order of ARMS, so that what a run waits for is running or done
+
+    def when_ready(arm: str, seed: int) -> None:
+        for need in needs(arm, seed, args.seeds):
+            if need in runs:
+                runs[need].result()
+        run_arm(arm, seed, args)
+
+    with ThreadPoolExecutor(args.jobs) as threads:
+        for arm in ARMS:
+            for seed in args.seeds * (arm in args.arms):
+                runs[arm, seed] = threads.submit(when_ready, arm, seed)
+    for run in runs.values():
+        run.result()
 
 
 # ---------------------------------------------------------------- numbers
@@ -172,16 +191,15 @@ def entropy(texts: list[str]) -> float:
 
 
 def race(run: Path) -> dict[str, float]:
-    """Attack success: the lowest before its peak, the peak and the end (means of five steps); deepest mean depth."""
+    """Attack success, means of five steps: where its largest rise begins and ends. The largest depth."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     asr_S = np.convolve([row["asr"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
     depth_S = np.convolve([row["depth"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
-    low = int(asr_S[:len(asr_S) // 2].argmin())
-    for _ in range(10):   # the trough and the peak after it
-        peak = low + int(asr_S[low:].argmax())
-        low = int(asr_S[:peak + 1].argmin())
+    peak = int((asr_S - np.minimum.accumulate(asr_S)).argmax())   # where the largest rise ends
+    low = int(asr_S[:peak + 1].argmin())
     return {"start": float(asr_S[0]), "low": float(asr_S[low]), "peak": float(asr_S[peak]),
-            "end": float(asr_S[-1]), "deepest": float(depth_S.max()), "seconds": sum(row["seconds"] for row in rows)}
+            "end": float(asr_S[-1]), "deepest": float(depth_S.max()),
+            "seconds": sum(row["seconds"] for row in rows)}
 
 
 def attack_counts(attacks: list[Attack]) -> dict:
@@ -223,8 +241,8 @@ def print_tables(results: dict) -> None:
             cells = [summary([result[how][key]["value"] for result in by_seed.values()]) for key in SHOWN]
             print(f"| {arm} | {' | '.join(cells)} |")
         print()
-    print("| arm, seed | attacks | distinct | at depths 0 to 5 | attack success: first, lowest, peak, last | deepest mean |"
-          "\n|" + " --- |" * 6)
+    print("| arm, seed | attacks | distinct | at depths 0 to 5 | attack success: first, lowest, peak, last "
+          "| deepest mean |\n|" + " --- |" * 6)
     for arm, by_seed in results.items():
         for seed, result in by_seed.items():
             course = [f"{result['race'][key]:.2f}" for key in ("start", "low", "peak", "end")]
@@ -257,7 +275,7 @@ def main() -> None:
     cli = ArgumentParser(description=__doc__.split("\n\n")[0])
     cli.add_argument("--out", type=Path, required=True, help="folder of the runs, of arms.json and arms.png")
     cli.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live; frozen: attacker")
+    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live")
     cli.add_argument("--climbs", type=float, default=toy.CLIMBS, help="how often the start's attacker climbs")
     cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")
     cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
@@ -265,7 +283,8 @@ def main() -> None:
     args.flags = args.flags.split()
     args.out.mkdir(parents=True, exist_ok=True)
     run_all(args)
-    results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds} for arm in ARMS if arm in args.arms}
+    results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds}
+               for arm in ARMS if arm in args.arms}
     (args.out / "arms.json").write_text(json.dumps(results, indent=1))
     print_tables(results)
     draw(results, args.out / "arms.png")

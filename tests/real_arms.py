@@ -1,11 +1,11 @@
 """
 What does the work on a real model: supervised refusals, RL, recorded attacks, or self-play? Five arms.
 
-    python tests/real_arms.py --model path/to/SmolLM2-135M-Instruct --data FOLDER --out runs/real --seeds 0 1 2
+    python tests/real_arms.py --model path/to/SmolLM2-135M-Instruct --data FOLDER --out runs/real
 
-FOLDER holds WildJailbreak's files (`FILES`). Every arm starts from the same model, trains an adapter, and makes as
-many updates with as many games; all but `rl` have the same supervised pairs: half of them refusals of
-harmful training prompts, half the start's own answers to benign ones.
+FOLDER holds WildJailbreak's files (`FILES`). Every arm starts from the same model, trains an adapter, and
+makes as many updates with as many games; all but `rl` have the same supervised pairs: half of them refusals
+of harmful training prompts, half the start's own answers to benign ones.
 
     supervised  the pairs alone: every payoff is 0, and distance costs nothing
     rl          self-play without pairs
@@ -20,21 +20,22 @@ not repeated. The tables are those of eval.py bench; all answers go to answers-S
 import json
 import subprocess
 import sys
-from argparse import ArgumentParser
-from concurrent.futures import ThreadPoolExecutor
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
-from arena import Matchup, attacks_of, open_eval_model
+from arena import EvalModel, Matchup, attacks_of, open_eval_model
 from eval import bench_prompts
 from judge import open_judge
 from selfplay import REWARDS, Rewards, Seed
 from train import main as train_main
 
-FILES = {"harmful": "wildjailbreak_vanilla_harmful_256.jsonl", "benign": "wildjailbreak_vanilla_benign_256.jsonl",
+FILES = {"harmful": "wildjailbreak_vanilla_harmful_256.jsonl",
+         "benign": "wildjailbreak_vanilla_benign_256.jsonl",
          "harmful attacks": "wildjailbreak_adversarial_harmful_256.jsonl",
          "benign attacks": "wildjailbreak_adversarial_benign_128.jsonl",
          "harmful test": "wildjailbreak_eval_harmful.jsonl", "benign test": "wildjailbreak_eval_benign.jsonl"}
@@ -64,13 +65,14 @@ def held_out(data: dict[str, list[dict]], label: str, n: int) -> list[dict]:
     return rows[:n]
 
 
-def prepare(args, model) -> None:
+def prepare(args: Namespace, model: EvalModel) -> None:
     """Seeds, recorded attacks, supervised pairs, held-out prompts, and the start's attacks on plain ones."""
     data = {name: rows_of(args.data / file) for name, file in FILES.items()}
     attacks = []
     for label in ("harmful", "benign"):
         write_rows(args.out / f"{label}.jsonl", [{"prompt": row["prompt"]} for row in data[label]])
-        attacks += [{"attack": row["prompt"], "harmful": label == "harmful"} for row in data[f"{label} attacks"]]
+        for row in data[f"{label} attacks"]:
+            attacks.append({"attack": row["prompt"], "harmful": label == "harmful"})
         for column, kind in (("vanilla", "plain"), ("adversarial", "adversarial")):
             test = held_out(data, label, args.n)
             write_rows(args.out / f"{kind}_{label}.jsonl", [{"prompt": row[column]} for row in test])
@@ -91,17 +93,18 @@ def prepare(args, model) -> None:
 
 # ---------------------------------------------------------------- runs
 
-def flags(arm: str, seed: int, args) -> list[str]:
+def flags(arm: str, seed: int, args: Namespace) -> list[str]:
     """The arguments of train.py."""
-    common = {"model": args.model, "judge": "keywords", "steps": args.steps, "games": args.games, "lr": args.lr,
-              "max-new-tokens": args.tokens, "micro-tokens": 8192, "adapter-rank": 16, "seed": seed,
-              "out": f"{arm}-{seed}"}
-    pairs = [] if arm == "rl" else ["--sft", "pairs.jsonl"]
-    return [*(word for name, value in common.items() for word in (f"--{name}", str(value))), *pairs, "--no-cot",
-            "--no-recompute", "--no-exam", "--seeds", "harmful=harmful.jsonl", "benign=benign.jsonl", *ARMS[arm]]
+    common = {"model": args.model, "judge": "keywords", "steps": args.steps, "games": args.games,
+              "lr": args.lr, "max-new-tokens": args.tokens, "micro-tokens": 8192, "adapter-rank": 16,
+              "seed": seed, "out": f"{arm}-{seed}"}
+    words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
+    words += ["--no-cot", "--no-recompute", "--no-exam", "--seeds", "harmful=harmful.jsonl",
+              "benign=benign.jsonl"]
+    return words + ARMS[arm] + ([] if arm == "rl" else ["--sft", "pairs.jsonl"])
 
 
-def train(arm: str, seed: int, args) -> None:
+def train(arm: str, seed: int, args: Namespace) -> None:
     """An arm's run in a process of its own, unless it has finished before."""
     run = args.out / f"{arm}-{seed}"
     if (run / f"step_{args.steps:06d}").exists():
@@ -111,15 +114,17 @@ def train(arm: str, seed: int, args) -> None:
         subprocess.run(command, cwd=args.out, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def measure(seed: int, args) -> None:
-    """eval.py bench of the start and of the arms of a seed; its tables are printed."""
+def measure(seed: int, runs: list[Future], args: Namespace) -> None:
+    """eval.py bench of the start and of the arms of a seed, once they are done; its tables are printed."""
+    for run in runs:
+        run.result()
     names = [str(args.model), *(f"{arm}-{seed}" for arm in ARMS)]
     prompts = [f"{name.split('_')[1]}={name}.jsonl" for name in TESTS]
     numbers = Path(f"bench-{seed}.json")
     if (args.out / numbers).exists():
         return
-    command = [sys.executable, str(ROOT / "eval.py"), "bench", *names, "--judge", "keywords", "--prompts", *prompts,
-               "--max-new-tokens", str(args.tokens), "--json", str(numbers),
+    command = [sys.executable, str(ROOT / "eval.py"), "bench", *names, "--judge", "keywords", "--prompts",
+               *prompts, "--max-new-tokens", str(args.tokens), "--json", str(numbers),
                "--transcripts", f"answers-{seed}.jsonl"]
     done = subprocess.run(command, cwd=args.out, capture_output=True, text=True)
     print(done.stdout, done.stderr[-2000:] if done.returncode else "", flush=True)
@@ -142,12 +147,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "attacks_harmful.jsonl").exists():
         prepare(args, open_eval_model(str(args.model)))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(train, arm, seed, args) for seed in args.seeds for arm in ARMS]
-    for run in runs:
-        run.result()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: measure(seed, args), args.seeds))
+    with ThreadPoolExecutor(args.jobs) as threads:
+        done = []
+        for seed in args.seeds:
+            runs = [threads.submit(train, arm, seed, args) for arm in ARMS]
+            done.append(threads.submit(measure, seed, runs, args))
+    for task in done:
+        task.result()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_an_unknown_judge_is_refused_with_the_names_of_those_there_are(capsys):
 
 
 def test_the_judge_of_the_toy_world_is_there_where_that_world_is():
-    assert open_judge("toy") is toy.judge
+    assert open_judge("toy") is toy.judge_training
 
 
 # ---------------------------------------------------------------- judge models: what a reply says

@@ -1,0 +1,135 @@
+"""The arms of tests/arms.py get what they are said to get."""
+import json
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import arms
+import toy
+import train
+
+SEEDS = [0, 1]
+STEPS, GAMES = 4, 32
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Namespace:
+    """Two seeds of all arms but the variants of self-play, a few steps each; the arguments of arms.py."""
+    folder = tmp_path_factory.mktemp("arms")
+    train.main(["--sft-steps", "150", "--steps", "1", "--games", "4", "--no-exam", "--out", f"{folder}/sft"])
+    flags = ["--model", f"{folder}/sft/step_000000", "--steps", str(STEPS), "--games", str(GAMES)]
+    args = Namespace(out=folder, seeds=SEEDS, flags=flags)
+    for arm in ("live", "attacker", "defender", *arms.POOLS):
+        for seed in SEEDS:
+            train.main(arms.arguments(arm, seed, args))
+    return args
+
+
+def recorded(out: Namespace, arm: str, seed: int) -> list:
+    rows = (out.out / f"{arm}-{seed}.jsonl").read_text().splitlines()
+    return [(row["attack"], row["harmful"]) for row in map(json.loads, rows)]
+
+
+def games_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "games.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arm", ["start", "other", "uniform", "frozen"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_pool_has_at_most_as_many_attacks_of_each_label_as_live_play_wrote(out, arm, seed):
+    live = Counter(harmful for _, harmful in arms.legal_attacks(out.out / f"live-{seed}"))
+    pool = Counter(harmful for _, harmful in recorded(out, arm, seed))
+    source = {"other": f"live-{1 - seed}", "frozen": f"attacker-{seed}"}.get(arm)
+    print(arm, "live", live, "pool", pool)
+    for label in (True, False):
+        limit = live[label]
+        if source:   # another run may have written fewer
+            written = [attack for attack in arms.legal_attacks(out.out / source) if attack[1] == label]
+            limit = min(limit, len(written))
+        assert pool[label] == limit > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_distinct_pool_has_each_attack_once_and_as_many_as_live_play_found(out, seed):
+    live = Counter(harmful for _, harmful in set(arms.legal_attacks(out.out / f"live-{seed}")))
+    attacks = recorded(out, "distinct", seed)
+    pool = Counter(harmful for _, harmful in attacks)
+    print("live", live, "pool", pool)
+    assert len(set(attacks)) == len(attacks) and pool == live
+
+
+@pytest.mark.parametrize("arm", arms.POOLS)
+def test_every_attack_of_a_pool_is_legal_and_about_a_training_pair(out, arm):
+    for text, harmful in recorded(out, arm, 0):
+        request = toy.parse(text)
+        assert request.harmful == harmful and request.pair not in toy.HELD_OUT, text
+
+
+def test_another_seeds_attacks_are_its_first_live_ones(out):
+    other = arms.legal_attacks(out.out / "live-1")
+    pool = recorded(out, "other", 0)
+    for label in (True, False):
+        mine = [attack for attack in pool if attack[1] == label]
+        assert mine == [attack for attack in other if attack[1] == label][:len(mine)]
+
+
+def test_uniform_attacks_have_every_depth_of_their_label_as_often():
+    attacks = arms.uniform_attacks(6000, seed=0)
+    hostile = [toy.parse(text) for text, _ in attacks if toy.is_hostile(toy.pair_of(text))]
+    counts = Counter(request.depth for request in hostile)
+    for parity in (0, 1):
+        shares = np.array([counts[depth] for depth in range(parity, toy.MAX_DEPTH + 1, 2)])
+        deviation = abs(shares / shares.sum() - 1 / 3).max() / (2 / 9 / shares.sum()) ** 0.5
+        print(parity, shares, f"largest deviation: {deviation:.2f} standard errors")
+        assert deviation < 4
+
+
+@pytest.mark.parametrize("arm", ["live", "defender", *arms.POOLS])
+def test_a_defender_answers_as_often_in_every_arm(out, arm):
+    games = games_of(out.out / f"{arm}-0")
+    by_step = Counter(game["step"] for game in games if game["answer"] is not None or game["verdict"] is not None)
+    assert by_step == {step: GAMES for step in range(1, STEPS + 1)}
+
+
+@pytest.mark.parametrize("arm", arms.POOLS)
+def test_half_of_a_pools_games_ask_attacks_of_its_file(out, arm):
+    pool = {text for text, _ in recorded(out, arm, 0)}
+    asked = [game["seed"] for game in games_of(out.out / f"{arm}-0")]
+    raw = {text for text, _ in toy.seeds()}
+    share = sum(text in pool and text not in raw for text in asked) / len(asked)
+    print(arm, f"share of recorded attacks: {share:.2f}")
+    assert 0.35 < share <= 0.76
+
+
+def test_all_arms_of_a_seed_start_from_the_live_runs_start(out):
+    for arm in ("attacker", "defender", *arms.POOLS):
+        config = json.loads((out.out / f"{arm}-1" / "config.json").read_text())
+        assert config["model"] == str(out.out / "live-1" / "step_000000")
+        assert config["balance"] and config["seed"] == 1
+
+
+def test_an_arm_waits_for_the_runs_that_it_is_made_from():
+    assert arms.needs("live", 0, SEEDS) == []
+    assert arms.needs("start", 0, SEEDS) == [("live", 0)]
+    assert arms.needs("frozen", 1, SEEDS) == [("attacker", 1), ("live", 1)]
+    assert arms.needs("other", 1, SEEDS) == [("live", 0), ("live", 1)]
+    order = {arm: i for i, arm in enumerate(arms.ARMS)}
+    assert all(order[need] < order[arm] for arm in arms.ARMS for need, _ in arms.needs(arm, 0, SEEDS))
+
+
+def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
+    asr = [0.5] * 5 + [0.1] * 5 + [0.9] * 5 + [0.0] * 5
+    rows = [{"asr": a, "depth": 2.0 * a, "seconds": 1.0} for a in asr]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = arms.race(tmp_path)
+    print(found)
+    expected = {"start": 0.5, "low": 0.1, "peak": 0.9, "end": 0.0, "deepest": 1.8, "seconds": 20.0}
+    assert found == pytest.approx(expected)
+
+
+def test_the_entropy_of_attacks_by_hand():
+    assert arms.entropy(["a", "a", "b", "b"]) == pytest.approx(np.log(2))
+    assert arms.entropy(["a"] * 3) == 0
