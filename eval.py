@@ -378,8 +378,8 @@ header { position: sticky; top: 0; background: #fff; padding: .7rem 0; border-bo
 h1 { font-size: 1.1rem } h1, p { margin: .3rem 0 0 } label, button, details { margin-right: 1rem }
 #chart, #chart a { display: flex; align-items: end; height: 4.5rem; background: #f4f4f5; cursor: pointer }
 #chart a, #chart i { flex: 1 } #chart i { background: #d55e00 }
-#chart a:hover, #chart .on { background: #bcd }
-#step { width: 5rem } #chart { margin: .3rem 0 .6rem } small, summary, b { color: #666; font-size: .8rem; font-weight: 400 }
+#chart a:hover, #chart .on { background: #bcd } #step { width: 5rem } #chart { margin: .3rem 0 .6rem }
+small, summary, b { color: #666; font-size: .8rem; font-weight: 400 }
 section { border: 1px solid #ddd; border-radius: 6px; margin: .7rem 0; padding: .5rem .8rem }
 .tag { border-radius: 4px; padding: .1rem .5rem; margin-left: .5rem; background: #eee; font-size: .8rem }
 .harmful { background: #fbd5c0 } .refused { background: #cfe4f5 } .answered { background: #cdeee1 }

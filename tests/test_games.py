@@ -30,7 +30,8 @@ def game(step, number, of_judge, attack="try this", harmful=True, legal=True, re
     """A line of games.jsonl. An attack of None and a `legal` of None make a raw game."""
     raw = legal is None
     return {"step": step, "game": number, "seed": f"seed {step}.{number}", "harmful": harmful,
-            "recorded": recorded, "attack": attack, "legal": legal, "answer": "an answer", "verdict": of_judge,
+            "recorded": recorded, "attack": attack, "legal": legal, "answer": "an answer",
+            "verdict": of_judge,
             "attacker_reply": None if raw else f"a plan </think> <answer> {attack} </answer>",
             "defender_reply": "a thought </think> <answer> an answer </answer>"}
 
@@ -74,7 +75,8 @@ def shown(dom):
 
 def choose(**values):
     """A script that sets filters, as a person would."""
-    return "".join(f"at('{name}').value = '{value}'; at('{name}').oninput();" for name, value in values.items())
+    return "".join(f"at('{name}').value = '{value}'; at('{name}').oninput();"
+                   for name, value in values.items())
 
 
 def test_an_attack_that_spells_a_script_stays_text_in_a_browser(tmp_path):
