@@ -116,7 +116,8 @@ def test_the_interval_is_that_of_paired_differences(tmp_path, capsys):
     new = np.where(rng.random(400) < 0.1, 1 - old, old)   # a tenth of the answers change
     files = write_log(tmp_path / "old.jsonl", old), write_log(tmp_path / "new.jsonl", new)
     run_paired(*files, "exact_match")
-    low, high = (float(end) for end in capsys.readouterr().out.partition("[")[2].partition("]")[0].split(", "))
+    printed = capsys.readouterr().out
+    low, high = map(float, printed.partition("[")[2].partition("]")[0].split(", "))
     mean, half = (new - old).mean(), 1.96 * (new - old).std(ddof=1) / 20
     error = max(abs(low - mean + half), abs(high - mean - half))
     measured("ends of the interval against the normal ones", error, 0.1 * half)

@@ -422,7 +422,7 @@ def test_rates_of_attacks_count_attacks_alone_and_raw_requests_have_a_rate_of_th
 
 
 def test_an_attack_that_is_a_refusal_is_counted_among_attackers_and_silence_is_none():
-    """Three of four attackers wrote an attack, one of them no; the raw seed has no attacker, whatever it says."""
+    """Three of four attackers wrote an attack, one of them a refusal. The raw seed has no attacker."""
     no = "I\u2019m sorry, but I can\u2019t rewrite that request."
     games = [a_game(True, ANSWERED, attack=no), a_game(True, COMPLIED), a_game(False, ANSWERED),
              a_game(True, COMPLIED, attack=""), a_game(True, REFUSED, revise=False)]
