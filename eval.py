@@ -245,7 +245,7 @@ def read_games(name: str) -> list[tuple[str, dict]]:
     """(where, game) of each line of a run's games.jsonl, or of a file like it."""
     rows = read_rows(name if os.path.isfile(name) else f"{name}/games.jsonl")
     for where, game in rows:
-        is_game = {"step", "seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
+        is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
         if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
             stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
     return rows
