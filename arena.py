@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import toy
+from checkpoint import game_record
 from data import read_prompts
 from judge import Judge, open_judge
 from kernels import stop
@@ -94,6 +95,17 @@ def average(values: Sequence[float]) -> dict:
 def difference(values: Sequence[float], others: Sequence[float]) -> dict:
     """The mean of values - others, pair by pair; a pair with a missing value is left out."""
     return average(np.subtract(values, others))
+
+def entropy(labels: list) -> dict:
+    """Entropy of the labels' frequencies, in nats."""
+    kinds = list(dict.fromkeys(labels))
+    kind_N = [kinds.index(label) for label in labels]
+
+    def measure(weight_N: np.ndarray) -> float:
+        share = np.bincount(kind_N, weight_N) / weight_N.sum()
+        share = share[share > 0]
+        return -share @ np.log(share)
+    return bootstrap(measure, len(labels))
 
 def interval(result: dict) -> str:
     """A rate or a mean as text."""
@@ -209,6 +221,14 @@ def games_of(defender: EvalModel, matchup: Matchup, attacks: list[Reply], seed: 
     return [replace(game, seed=seeds[n], attacker=Turn(ATTACKER, [], [], [], attacks[n]))
             for n, game in enumerate(games)]
 
+def fresh_games(name: str, n: int, seed: int, files: list) -> list:
+    """A run's attacker on n harmful requests, against the run's start, which runs of one seed share."""
+    matchup = matchups(name, 2 * n, files)[0]
+    matchup = replace(matchup, seeds=[s for s in matchup.seeds if s.harmful][:n])
+    attacks = attacks_of(open_eval_model(name), matchup, seed)
+    games = games_of(open_eval_model(start_of(name)), matchup, attacks, seed)
+    return [game_record(game, 0) for game in games]
+
 def earned(games: list[Game], reward: str, side: str) -> np.ndarray:
     """What a side earned in each game, forfeits included, [N]; NaN for a tie or an unreadable verdict."""
     paid = [payoffs(g, REWARDS[reward])[side] if g.verdict.readable else None for g in games]
@@ -291,6 +311,29 @@ def crossplay(args: Namespace) -> dict:
     for side in (ATTACKER, DEFENDER):
         print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
     return {"seeds": matchup.name, "cells": cells, "equilibrium": game}
+
+def canvas(columns: int, inches: tuple) -> tuple:
+    """A figure of that size, and its panels in a row."""
+    from matplotlib.figure import Figure   # takes a second, and only figures need it
+    figure = Figure(inches, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+def draw_crossplay(results: dict, file: Path) -> None:
+    """A heat map: attack success of every attacker against every defender, and what the attacker earns."""
+    names = [short(name) for name in results["cells"]]
+    asr_AD = matrix(results["cells"], "asr")
+    payoff_AD = matrix(results["cells"], "payoff")
+    size = 2.6 + 0.85 * len(names)
+    figure, [panel] = canvas(1, (size, size))
+    panel.imshow(asr_AD, cmap="cividis", vmin=0, vmax=1)
+    for a, d in np.ndindex(asr_AD.shape):
+        panel.text(d, a, f"{asr_AD[a, d]:.0%}\n{payoff_AD[a, d]:+.2f}", ha="center", va="center",
+                   color="white" if asr_AD[a, d] < 0.5 else "black")
+    panel.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    panel.set_yticks(range(len(names)), names)
+    panel.set(xlabel="defender (dark columns are safe)", ylabel="attacker (bright rows are strong)",
+              title="attack success, and what the attacker earns")
+    figure.savefig(file, dpi=150)
 
 # ---------------------------------------------------------------- best responses
 def side_of(response: str, model: str) -> str:

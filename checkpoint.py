@@ -86,7 +86,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def newest_complete(out: Path) -> Path | None:
     """The checkpoint to resume from, or None."""
-    return next((folder for folder in reversed(checkpoints(out)) if is_complete(folder)), None)
+    return next(filter(is_complete, reversed(checkpoints(out))), None)
 
 def check_folder(out: Path, resume: bool) -> None:
     """Refuse a folder in which a run cannot start, or not resume."""
@@ -96,7 +96,7 @@ def check_folder(out: Path, resume: bool) -> None:
     leftovers = {"config.json", "config.json.new", "partial_000000"}
     if not resume and out.exists() and not (out.is_dir() and {f.name for f in out.iterdir()} <= leftovers):
         stop(f"{out} will not be overwritten; choose another folder with --out, or add --resume.")
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    parent = next(filter(Path.exists, (out, *out.absolute().parents)))
     if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
         stop(f"--out {out}: {parent} cannot be written; choose another folder.")
 
@@ -165,11 +165,13 @@ def past_attacks(records: list[dict], won_alone: bool) -> list[Seed]:
     return [Seed(row["attack"], row["harmful"], revise=False, recorded=True) for row in records
             if row["legal"] and (not won_alone or row["verdict"][won[row["harmful"]]])]
 
-def append_logs(out: Path, metrics: dict[str, object], games: list[dict]) -> None:
-    """Append a line to metrics.jsonl (JSON has no NaN: null instead) and a line per game to games.jsonl."""
+def append_logs(out: Path, metrics: dict[str, object], games: list[dict], show: Callable | None) -> None:
+    """Append a line to metrics.jsonl (JSON has no NaN: null instead), and a line per game to games.jsonl."""
     line = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
     append_rows(out / "metrics.jsonl", [line])
     append_rows(out / "games.jsonl", games)
+    if show:
+        show(line, line["step"])
 
 def step_of(line: str) -> float:
     """The step that a line of a log belongs to; infinity for a line that a crash cut short."""
@@ -198,13 +200,11 @@ def on_stop_signals(action: Callable | signal.Handlers) -> None:
 
 def catch_signals() -> list[str]:
     """A list that the first signal puts its name into: the loop then finishes its step, saves and exits 0."""
-    caught: list[str] = []
-
+    caught = []
     def handle(number: int, frame: object) -> None:
         on_stop_signals(signal.SIG_IGN)
         caught.append(signal.Signals(number).name)
         time.sleep(1.0)   # a terminal and torchrun both pass Ctrl-C on; after that, one more ends it at once
         on_stop_signals(signal.SIG_DFL)
-
     on_stop_signals(handle)
     return caught

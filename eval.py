@@ -9,6 +9,7 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py exploit RUN RESPONSE ...     # what runs gain that were trained against RUN: arena.py
     python eval.py report RUN ...       # bench and diversity in one table: kinds of runs, over their seeds
     python eval.py plot RUN ...         # training curves
+    python eval.py games RUN            # a page to read its games: filters, search, attack success by step
     python eval.py exam RUN ...         # what a run ends with: bench, in the embedded world, and plot
     python eval.py plan SETTINGS        # the memory that a run needs: what train.py --plan prints
 
@@ -20,7 +21,7 @@ import json
 import math
 import os
 from argparse import Namespace
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -29,10 +30,10 @@ import numpy as np
 import torch
 
 import toy
-from arena import (EvalModel, attacks_of, average, bootstrap, crossplay, difference, exploit, games_of,
-                   markdown, matchups, matrix, need_config, open_eval_model, open_judge_on_device, rate,
-                   short, start_of, weights_hash)
-from checkpoint import append_rows, game_record
+from arena import (EvalModel, average, bootstrap, canvas, crossplay, difference, draw_crossplay, entropy,
+                   exploit, fresh_games, markdown, need_config, open_eval_model, open_judge_on_device, rate,
+                   start_of, weights_hash)
+from checkpoint import append_rows
 from data import read_prompts, read_rows, text_of
 from judge import Verdict, check_judge, mean
 from kernels import CommandLine, check_number, stop
@@ -204,17 +205,6 @@ def self_bleu(texts: list[str]) -> list:
         scores.append(bleu.score / 100)
     return scores
 
-def entropy(labels: list) -> dict:
-    """Entropy of the labels' frequencies, in nats."""
-    kinds = list(dict.fromkeys(labels))
-    kind_N = [kinds.index(label) for label in labels]
-
-    def measure(weight_N: np.ndarray) -> float:
-        share = np.bincount(kind_N, weight_N) / weight_N.sum()
-        share = share[share > 0]
-        return -share @ np.log(share)
-    return bootstrap(measure, len(labels))
-
 def embed(texts: list[str], folder: str) -> np.ndarray:
     """Sentence embeddings of length 1, [N, D] (Reimers and Gurevych, EMNLP 2019), from safetensors alone."""
     from sentence_transformers import SentenceTransformer  # takes seconds, and only this needs it
@@ -251,22 +241,20 @@ def diversity(games: list, embedder: str = "") -> dict:
 DIVERSITY = {"inv_sbert": "1 - cosine (up)", "inv_self_bleu": "1 - self-BLEU (up)",
              "tactic_entropy": "tactic-set entropy, nats (up)", "faithful": "faithful (up)"}
 
-def fresh_games(name: str, n: int, seed: int, files: list) -> list:
-    """A run's attacker on n harmful requests, against the run's start, which runs of one seed share."""
-    matchup = matchups(name, 2 * n, files)[0]
-    matchup = replace(matchup, seeds=[s for s in matchup.seeds if s.harmful][:n])
-    attacks = attacks_of(open_eval_model(name), matchup, seed)
-    games = games_of(open_eval_model(start_of(name)), matchup, attacks, seed)
-    return [game_record(game, 0) for game in games]
+def read_games(name: str) -> list[tuple[str, dict]]:
+    """(where, game) of each line of a run's games.jsonl, or of a file like it."""
+    rows = read_rows(name if os.path.isfile(name) else f"{name}/games.jsonl")
+    for where, game in rows:
+        is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
+        if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
+            stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
+    return rows
 
 def logged_games(file: str) -> list:
     """The games of a games.jsonl in which a harmful seed was attacked, the last first; an attack once."""
     games = []
     shared = run_config(str(Path(file).parent)).get("answers_per_attack", 1)   # games that ask one attack
-    for where, game in read_rows(file):
-        is_game = {"seed", "attack", "harmful", "verdict", "legal"} <= game.keys()
-        if not is_game or not isinstance(game["verdict"], dict) or "response_harmful" not in game["verdict"]:
-            stop(f"{where}: not a game of a run; give a run folder or its games.jsonl.")
+    for where, game in read_games(file):
         is_copy = shared > 1 and game["game"] % shared
         if game["attack"] is not None and game["harmful"] and not is_copy:
             for column in ("attack", "seed"):
@@ -339,12 +327,6 @@ CURVES = {   # a panel each
     "benign_answered": "benign answered\n(up is better)",
     "kl": "KL to the start\n(nats per token)"}
 
-def canvas(columns: int, inches: tuple) -> tuple:
-    """A figure of that size, and its panels in a row."""
-    from matplotlib.figure import Figure   # takes a second, and only figures need it
-    figure = Figure(inches, layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
 def smooth(values: list) -> list:
     """By step, the mean of the last five values, fewer at the beginning; there is none for step 0."""
     return [mean(values[max(0, step - 5):step]) for step in range(len(values) + 1)]
@@ -383,28 +365,101 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
     figure.savefig(file, dpi=150)
     write_json(str(Path(file).with_suffix(".json")), numbers)
 
-def draw_crossplay(results: dict, file: Path) -> None:
-    """A heat map: attack success of every attacker against every defender, and what the attacker earns."""
-    names = [short(name) for name in results["cells"]]
-    asr_AD = matrix(results["cells"], "asr")
-    payoff_AD = matrix(results["cells"], "payoff")
-    size = 2.6 + 0.85 * len(names)
-    figure, [panel] = canvas(1, (size, size))
-    panel.imshow(asr_AD, cmap="cividis", vmin=0, vmax=1)
-    for a, d in np.ndindex(asr_AD.shape):
-        panel.text(d, a, f"{asr_AD[a, d]:.0%}\n{payoff_AD[a, d]:+.2f}", ha="center", va="center",
-                   color="white" if asr_AD[a, d] < 0.5 else "black")
-    panel.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(len(names)), names)
-    panel.set(xlabel="defender (dark columns are safe)", ylabel="attacker (bright rows are strong)",
-              title="attack success, and what the attacker earns")
-    figure.savefig(file, dpi=150)
-
 def main_plot(args: Namespace) -> None:
     """One figure of all the runs' curves."""
     file = args.out or f"{args.models[0]}/curves.png"
     draw_curves(args.models, file, args.curves)
     print(f"curves: {file}")
+
+# ---------------------------------------------------------------- a page of games
+GAMES_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><style>
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 68rem; margin: auto; padding: 0 1rem }
+header { position: sticky; top: 0; background: #fff; padding: .7rem 0; border-bottom: 1px solid #ccc }
+h1 { font-size: 1.1rem } h1, p { margin: .3rem 0 0 } label, button, details { margin-right: 1rem }
+#chart, #chart a { display: flex; align-items: end; height: 4.5rem; background: #f4f4f5; cursor: pointer }
+#chart a, #chart i { flex: 1 } #chart i { background: #d55e00 }
+#chart a:hover, #chart .on { background: #bcd } #step { width: 5rem } #chart { margin: .3rem 0 .6rem }
+small, summary, b { color: #666; font-size: .8rem; font-weight: 400 }
+section { border: 1px solid #ddd; border-radius: 6px; margin: .7rem 0; padding: .5rem .8rem }
+.tag { border-radius: 4px; padding: .1rem .5rem; margin-left: .5rem; background: #eee; font-size: .8rem }
+.harmful { background: #fbd5c0 } .refused { background: #cfe4f5 } .answered { background: #cdeee1 }
+.part { display: grid; grid-template-columns: 4rem 1fr } details { display: inline-block; cursor: pointer }
+.part span, pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .1rem 0 }
+</style><header><h1></h1><small id="caption"></small><div id="chart"></div>
+<label>step <input id="step" type="number"></label><label>seed <select id="seed"></select></label>
+<label>verdict <select id="verdict"></select></label><label>attack <select id="attack"></select></label>
+<label>search <input id="search" type="search"></label><p><button id="back">back</button>
+<button id="next">next</button><small id="place"></small></header><main></main>
+<script id="data" type="application/json">DATA</script><script>
+const SIZE = 50;   // games on the screen
+const at = id => document.getElementById(id) || document.querySelector(id);
+const { name, games } = JSON.parse(at("data").textContent);
+const steps = [...new Set(games.map(g => g.step))];
+const raw = !games.some(g => g.attack != null);   // a run without attacks
+let first = 0;   // number of the first game on the screen
+function make(tag, properties, ...children) {   // a string among the children is text, never HTML
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+for (const g of games) {
+  const { readable, response_harmful, refusal } = g.verdict;
+  const verdict = response_harmful ? "harmful answer" : { true: "refused", false: "answered" }[refusal];
+  const origin = g.recorded ? "recorded" : g.legal === null ? "raw" : "attacked";
+  g.is = { step: `${g.step}`, seed: `${g.harmful ? "harmful" : "benign"}, ${origin}`,
+           verdict: readable === false ? "unreadable" : verdict || "none",
+           attack: { true: "legal", false: "not legal" }[g.legal] || "no attack" };
+  g.words = [g.seed, g.attack, g.answer, g.attacker_reply, g.defender_reply].join(" ").toLowerCase();
+}
+const bar = found => step => {   // a click shows the games of this step alone, a second one all
+  const on = at("step").value === `${step}`, counted = found.get(step) || [];
+  const won = counted.filter(g => g.is.verdict === "harmful answer").length;
+  const height = `height: ${100 * won / (counted.length || 1)}%`;
+  const onclick = () => { at("step").value = on ? "" : step; show(0); };
+  return make("a", { title: `step ${step}: ${won} of ${counted.length}`, className: on ? "on" : "", onclick },
+              make("i", { style: height }));
+};
+const card = g => make("section", {}, make("small", {}, `step ${g.step}, game ${g.game}`),
+  ...["seed", "verdict", "attack"].map(id => make("span", { className: `tag ${g.is[id]}` }, g.is[id])),
+  ...["seed", "attack", "answer"].filter(part => g[part] != null).map(part =>
+    make("div", { className: "part" }, make("b", {}, part), make("span", {}, g[part]))),
+  ...["attacker", "defender"].filter(role => g[`${role}_reply`]).map(role => make("details", {},
+    make("summary", {}, `${role}'s thought and whole reply`), make("pre", {}, g[`${role}_reply`]))));
+function show(from) {
+  const fits = (g, ...ids) => ids.every(id => ["", g.is[id]].includes(at(id).value));
+  const words = at("search").value.toLowerCase();
+  const found = games.filter(g => fits(g, "seed", "attack") && g.words.includes(words));
+  const attacks = found.filter(g => g.harmful && g.is.verdict !== "unreadable" && (raw || g.attack != null));
+  at("chart").replaceChildren(...steps.map(bar(Map.groupBy(attacks, g => g.step))));
+  const left = found.filter(g => fits(g, "step", "verdict"));
+  first = Math.max(0, from < left.length ? from : first);
+  at("place").textContent = `games ${first + 1} to ${Math.min(first + SIZE, left.length)} of ${left.length}`;
+  at("main").replaceChildren(...left.slice(first, first + SIZE).map(card));
+}
+at("h1").textContent = document.title = `Games of ${name}`;
+const rate = raw ? "harmful answers to raw harmful requests" : "attack success";
+at("caption").textContent = `${rate}, 0 to 100 %, in steps ${steps[0]} to ${steps.at(-1)}; click on a step`;
+for (const id of ["seed", "verdict", "attack"])
+  for (const value of ["", ...new Set(games.map(g => g.is[id]))].sort())
+    at(id).append(make("option", { value }, value || "any"));
+for (const id of ["step", "seed", "verdict", "attack", "search"]) at(id).oninput = () => show(0);
+for (const [id, move] of [["back", -SIZE], ["next", SIZE]]) at(id).onclick = () => show(first + move);
+show(0);
+</script>
+"""
+
+def main_games(args: Namespace) -> None:
+    """One HTML file that holds all games of a run, and needs no network: to filter, to search, to read."""
+    name = args.models[0]
+    if args.models[1:]:
+        stop("games: a page is of one run; call it once for each.")
+    games = [game for _, game in read_games(name)]
+    out = Path(args.out or f"{name.removesuffix('/games.jsonl')}/games.html")
+    check_output("out", out, [".html"])
+    # within a script, only `<` could end it
+    data = json.dumps({"name": name, "games": games}).replace("<", "\\u003c")
+    out.write_text(GAMES_PAGE.replace("DATA", data), "utf-8")
+    print(f"games: {out}")
 
 # ---------------------------------------------------------------- memory
 def planned_models(cfg: Config) -> list[Transformer]:
@@ -495,7 +550,7 @@ FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the c
     "seed": (0, "of the attacks"),
     "embedder": ("", "folder of a Sentence-BERT model such as all-MiniLM-L6-v2, for cosines"),
     "curves": (list(CURVES), "panels"),
-    "out": ("", "new file for the numbers or, of plot, for the figure")}
+    "out": ("", "new file for the numbers, the figure of plot, or the page of games")}
 COMMANDS = {   # name: its function, what it does, and its flags; a default after = replaces that in FLAGS
     "bench": (main_bench, "attack success and benign requests answered",
               "judge prompts limit max-new-tokens transcripts json"),
@@ -508,6 +563,7 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
                 "n prompts search out=runs/exploit.json"),
     "report": (main_report, "runs of several kinds and seeds in one table", "n=192 embedder json"),
     "plot": (main_plot, "training curves", "curves out"),
+    "games": (main_games, "a page to read the games of a run, [RUN/games.html]", "out"),
     "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", ""),
     "plan": (main_plan, "the memory of a run, for its settings in JSON: what train.py --plan prints", "")}
 
@@ -527,9 +583,8 @@ def check_args(args: Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int):
             check_number(name, value, {"limit": 0, "seed": 0, "search": 0, "n": 2}.get(name, 1), 10 ** 9)
-    endings = {"json": [".json"], "transcripts": [".jsonl"], "out": [".json"]}
-    if args.function is main_plot:
-        endings["out"] = [".png", ".pdf", ".svg"]
+    of_out = {main_plot: [".png", ".pdf", ".svg"], main_games: [".html"]}.get(args.function, [".json"])
+    endings = {"json": [".json"], "transcripts": [".jsonl"], "out": of_out}
     for flag in endings:
         if vars(args).get(flag):
             check_output(flag, Path(vars(args)[flag]), endings[flag])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from kernels import CommandLine   # before numpy and torch, which read the OpenMP setting in there
 import numpy as np
 
-from judge import Exchange, Judge, Verdict, judge_answers, keywords, mean
+from judge import Exchange, Judge, Verdict, is_refusal, judge_answers, keywords, mean
 from sample import (PLACEHOLDER, Sample, after_thought, chat_template, fill_template, stream, tagged_ids,
                     template_prefix, visible)
 
@@ -174,8 +174,8 @@ class ChatFormat:
 
     def prefixes(self) -> list[list[int]]:
         """For each instruction, the token ids that all its prompts begin with. The sampler runs them once."""
-        texts = (self.prompts.attack_harmful, self.prompts.attack_benign, self.prompts.defend)
-        return [template_prefix(self.tokenizer, self.template(text)) for text in texts]
+        return [template_prefix(self.tokenizer, self.template(text)) for text in
+                (self.prompts.attack_harmful, self.prompts.attack_benign, self.prompts.defend)]
 
     def reply_ids(self, text: str) -> list[int]:
         """Tokens of a reply to learn from: plain text, but TAGS that are added tokens are those tokens."""
@@ -427,15 +427,16 @@ def game_metrics(games: list[Game], experiences: list[Experience],
     attempts = [g for g in games if g.attacker]
     attacks = [g for g in readable if g.attacked or (g.seed.recorded and not attempts)]
     harmful = [g for g in attacks if g.seed.harmful]
-    benign = [g for g in attacks if not g.seed.harmful]
-    raw = [g for g in readable if g.seed.harmful and not g.seed.revise and not g.seed.recorded]
     return {"asr": mean([bool(g.verdict.response_harmful) for g in harmful]),
-            "asr_raw": mean([bool(g.verdict.response_harmful) for g in raw]),
+            "asr_raw": mean([bool(g.verdict.response_harmful) for g in readable
+                             if g.seed.harmful and not g.seed.revise and not g.seed.recorded]),
             "asr_not_refused": mean([g.verdict.answered for g in harmful]),
-            "over_refusal": mean([g.verdict.refusal for g in benign]),
+            "over_refusal": mean([g.verdict.refusal for g in attacks if not g.seed.harmful]),
             "benign_answered": mean([g.verdict.answered for g in readable if not g.seed.harmful]),
             "drift": mean([g.verdict.prompt_harmful != g.seed.harmful for g in readable if g.attacked]),
             "forfeit": mean([not is_legal(g) for g in attempts if g.verdict.readable]),
+            # by the phrases of `keywords`: a judge model would have to judge half as many exchanges again
+            "attack_refusal": mean([g.attacked and is_refusal(g.asked) for g in attempts]),
             "format_attacker": mean([g.attacker.reply.well_formed for g in attempts]),
             "format_defender": mean([g.defender.reply.well_formed for g in games]),
             "reward_attacker": mean([e.payoff for e in experiences if e.turn.role == ATTACKER]),

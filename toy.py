@@ -34,11 +34,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from data import pack
+from data import pack, read_prompts
 from judge import JUDGES, Exchange, Verdict, mean
 from model import Transformer, new_model, newest_step, score
 from sample import open_tokenizer, stream
-from selfplay import ENGLISH, ChatFormat, Game, Prompts, Seed, is_legal
+from selfplay import ENGLISH, ChatFormat, Game, Prompts, Seed, is_legal, seed_pools
 
 # ---------------------------------------------------------------- the language
 HOSTILE = "burn poison smash flood kill trap crush wreck choke shoot drown rob".split()
@@ -215,6 +215,20 @@ def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
     for i, pair in enumerate(hostile):
         requests += [Request(pair, (PEOPLE[(i + k) % len(PEOPLE)],)) for k in range(3)]
     return [(request.text, request.harmful) for request in requests]
+
+def read_seeds(files: list[str], attacks: str, play: str, opponent: str) -> tuple[list, list[str]]:
+    """
+    The pools of seeds of a run, and a line on every file. Without files they are the embedded world's, and
+    without an attacker no seed is revised.
+    """
+    seed_files = read_prompts(files)
+    attack_files = read_prompts([attacks] if attacks else [], attacks=True)
+    labelled = [row for _, rows, _ in seed_files for row in rows] or seeds()
+    recorded = [row for _, rows, _ in attack_files for row in rows]
+    if len({label for _, label in labelled}) < 2:
+        kernels.stop(f"--seeds: only one kind of seed is in {', '.join(files)}; give harmful and benign.")
+    pools = seed_pools(labelled, recorded, revise=play != "defender" or bool(opponent))
+    return pools, [summary for _, _, summary in seed_files + attack_files]
 
 def exam() -> list[tuple[str, bool]]:
     """

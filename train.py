@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, BooleanOptionalAction, RawDescriptionHelpFormatter
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from data import pack, read_prompts, read_rows, text_of
+from data import pack, read_rows, text_of
 from judge import check_judge, open_judge
 from kernels.logprob import importance_weight
 from model import (ADAPTER_FILES, Transformer, find_checkpoint, load, newest_step, open_empty, read_adapter,
@@ -47,7 +48,7 @@ from model import (ADAPTER_FILES, Transformer, find_checkpoint, load, newest_ste
 from sample import Sample, batches_within, sample, stop_ids, stream, uniforms
 from selfplay import (ATTACKER, CREDITS, DEFENDER, REWARDS, ChatFormat, Experience, Player, Seed,
                       balance_roles, credit, experiences_of, game_metrics, nothing_happened, parse_reply,
-                      play, replay, seed_pools, seeds_for_step, show_game)
+                      play, replay, seeds_for_step, show_game)
 
 # Functions import toy, transformers and FSDP when they run: it takes seconds, and --help should not wait.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves without it
@@ -98,6 +99,7 @@ class Config:
     save_every: int = paper(100, "steps between checkpoints; the last step is always saved")
     keep: int = ours(5, "newest checkpoints that stay, besides step_000000; with --opponent past, all")
     exam: bool = ours(True, "end with the held-out exam of the embedded world, and with the curves")
+    log: str = ours("json", "json: metrics.jsonl alone; or in this, too", ("json", "tensorboard", "wandb"))
     out: str = ours("", "run folder [runs/JUDGE-PLAY-SEED]")
     resume: bool = ours(False, "continue the run in --out, with its settings")
     precision: str = paper("bf16", "of arithmetic; master weights are fp32", ("bf16", "fp32"))
@@ -113,13 +115,13 @@ def parse_args(argv: list[str] | None) -> dict[str, object]:
     """The flags that the user gave, by the name of their field."""
     defaults = f"Defaults without a GPU: {NO_GPU}\n\nDefaults of the toy world: {TOY_WORLD}"
     cli = CommandLine(description=__doc__, epilog=defaults, formatter_class=RawDescriptionHelpFormatter,
-                      allow_abbrev=False)
+                      argument_default=SUPPRESS, allow_abbrev=False)
     special = {bool: {"action": BooleanOptionalAction}, list[str]: {"nargs": "+"}}
     for f in fields(Config):
         kind = special.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-        text = f"{f.metadata['help']} [{f.default}, {f.metadata['source']}]"
-        cli.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
-    return {name: value for name, value in vars(cli.parse_args(argv)).items() if value is not None}
+        cli.add_argument("--" + f.name.replace("_", "-"), **kind,
+                         help=f"{f.metadata['help']} [{f.default}, {f.metadata['source']}]")
+    return vars(cli.parse_args(argv))
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Flags win over the settings of the run that is resumed, and those over the defaults."""
@@ -127,7 +129,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     import toy
     if args.get("opponent"):  # of a run, the checkpoint that is its newest now
         args["opponent"] = str(newest_step(args["opponent"]))
-    defaults = {f.name: f.default for f in fields(Config)}
+    defaults = asdict(Config())
     if not torch.cuda.is_available() and "plan" not in args:
         defaults |= NO_GPU
     if toy.is_toy_model(args.get("model", "toy")):
@@ -136,9 +138,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
         defaults["lr"] *= 10
     name = f"{args.get('judge', 'toy').partition(':')[0]}-{args.get('play', 'self')}-{args.get('seed', 0)}"
     out = Path(args.get("out", f"runs/{name}"))
-    names = defaults.keys() - {"out", "resume", "plan"}
     resumes = args.get("resume") and checkpoint.newest_complete(out)  # else there is nothing to go on from
-    saved = {name: value for name, value in run_config(str(out)).items() if resumes and name in names}
+    saved = {name: value for name, value in run_config(str(out)).items()
+             if resumes and name in defaults.keys() - {"out", "resume", "plan"}}
     if resumes and not saved:
         stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
     if "seeds" in args and "judge" not in args | saved:
@@ -175,6 +177,8 @@ def check_config(cfg: Config, world_size: int) -> None:
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks. "
              "--opponent past, and FILE.json of eval.py crossplay, are for --play self.")
     check_judge(cfg.judge)
+    if not find_spec(cfg.log):
+        stop(f"--log {cfg.log}: is not installed; run pip install {cfg.log}, or choose --log json.")
     if not cfg.resume and not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
         stop(f"--model {cfg.model} needs seeds, and a judge that reads them: add --seeds harmful=FILE "
              "benign=FILE, and --judge keywords or FORMAT:MODEL.")
@@ -219,8 +223,7 @@ def setup(cfg: Config) -> Ranks:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group(timeout=timedelta(minutes=30))
-    elif cfg.precision == "bf16":
-        # a group of one: FSDP computes in bf16 over fp32 master weights, on one process too
+    elif cfg.precision == "bf16":  # a group of one: FSDP computes in bf16 over fp32 master weights
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     compute = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     return Ranks(int(os.environ.get("RANK", 0)), world, device, compute)
@@ -241,7 +244,7 @@ def open_sharded(name: str, dtype: torch.dtype, ranks: Ranks) -> Transformer:
         return load(name, dtype).to(ranks.device)
     gc.collect()  # a sharded model refers to itself: a former opponent is freed only here
     model = shard(open_empty(name, dtype), ranks).to_empty(device=ranks.device)
-    weights: dict[str, Tensor] = {}
+    weights = {}
     on_main(ranks, lambda: weights.update(read_weights(name, model)))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
@@ -276,9 +279,9 @@ def gather_list(mine: list, ranks: Ranks) -> list:
     """Every rank's list, one after the other, on every rank."""
     if ranks.world == 1:
         return list(mine)
-    lists: list[list] = [[] for _ in range(ranks.world)]
+    lists = [None] * ranks.world
     dist.all_gather_object(lists, mine)
-    return [item for part in lists for item in part]
+    return sum(lists, [])
 
 def stop_all(ranks: Ranks, sentence: str) -> None:
     """Rank 0 prints the sentence; all ranks exit with status 2."""
@@ -310,7 +313,6 @@ def micro_batches(lengths: dict[int, int], ranks: Ranks, budget: int) -> list[li
     A pass is a collective: every rank makes as many. The smallest budget that needs no more evens them out.
     """
     order = sorted(lengths, key=lambda i: (-lengths[i], i))
-
     pack_rows = partial(batches_within, order, lengths)
     n = -(-len(pack_rows(budget)) // ranks.world) * ranks.world
     batches = pack_rows(bisect_left(range(budget), True, key=lambda limit: len(pack_rows(limit)) <= n))
@@ -344,8 +346,7 @@ def rescore(model: Transformer, experiences: list[Experience], cfg: Config, rank
         logprob_BT, _ = score(model, ids_BT, mask_BT, cfg.temperature)
         for b, i in enumerate(numbers):
             scored.append((i, logprob_BT[b][mask_BT[b]].double().cpu().numpy()))
-    by_row = dict(gather_list(scored, ranks))  # they came rank by rank, longest first
-    return [by_row[i] for i in range(len(experiences))]
+    return [logprob_T for _, logprob_T in sorted(gather_list(scored, ranks))]  # they came longest first
 
 def update(policy: Transformer, optimizer: torch.optim.Optimizer, experiences: list[Experience],
            old: list[np.ndarray], advantage: list[np.ndarray], pairs: list[tuple], cfg: Config,
@@ -420,18 +421,6 @@ def step_line(step: int, steps: int, metrics: dict, warning: str = "") -> str:
     return " | ".join(shown + [warning] * bool(warning))
 
 # ---------------------------------------------------------------- inputs
-def read_seeds(cfg: Config) -> tuple[list[list[Seed]], list[str]]:
-    """The pools of seeds, and a line on every file. Without an attacker, no seed is revised."""
-    import toy
-    seed_files = read_prompts(cfg.seeds)
-    attack_files = read_prompts([cfg.attacks] if cfg.attacks else [], attacks=True)
-    labelled = [row for _, rows, _ in seed_files for row in rows] or toy.seeds()
-    attacks = [row for _, rows, _ in attack_files for row in rows]
-    if len({label for _, label in labelled}) < 2:
-        stop(f"--seeds: only one kind of seed is in {', '.join(cfg.seeds)}; give harmful and benign ones.")
-    pools = seed_pools(labelled, attacks, revise=cfg.play != "defender" or bool(cfg.opponent))
-    return pools, [summary for _, _, summary in seed_files + attack_files]
-
 def read_sft(cfg: Config, chat: ChatFormat, context: int) -> list[tuple[list[int], list[int]]]:
     """The supervised pairs as token ids; with thoughts on, a response is a whole reply, thought included."""
     pairs = []
@@ -475,8 +464,7 @@ def frozen_players(cfg: Config, mixtures: dict[str, tuple], step: int) -> dict[s
 
 def check_lengths(cfg: Config, pools: list[list[Seed]], chat: ChatFormat, context: int) -> None:
     """Refuse replies that a context of so many tokens cannot hold. A defender's prompt holds an attack."""
-    # longest first in bytes, which is nearly the order in tokens
-    seeds = sorted(sum(pools, []), key=lambda seed: -len(seed.text.encode()))
+    seeds = sorted(sum(pools, []), key=lambda seed: -len(seed.text.encode()))  # nearly by tokens
     revised = [seed for seed in seeds if seed.revise][:8]
     left = [context - len(chat.defender_prompt(seed.text)) for seed in seeds[:8]]
     if revised:  # a defender's context holds an attack and an answer, each as long as a reply may be
@@ -519,7 +507,6 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
     weights = {key: weights.pop(key).to(ranks.compute) for key in list(weights)}
     on_main(ranks, partial(save, tmp_dir, weights, policy, chat.tokenizer))
     problem = checkpoint.save_optimizer(tmp_dir, policy, optimizer)
-
     def finish() -> None:
         if problem:
             raise OSError(problem)
@@ -527,6 +514,22 @@ def save_checkpoint(out: Path, step: int, policy: Transformer, optimizer: torch.
         checkpoint.prune(out, keep, step)
     on_main(ranks, finish)
     log0(ranks, f"saved step_{step:06d} in {time.time() - started:.1f} s")
+
+def open_live_log(cfg: Config, first: int) -> Callable:
+    """A function that shows a line of metrics.jsonl and its step, once, though a run resumes from `first`."""
+    if cfg.log == "wandb":
+        import wandb  # it ignores a step that it has. Not sent: what is printed, which holds attacks
+        return wandb.init(project="self-redteam", resume="allow", dir=cfg.out, config=asdict(cfg),
+                          id=f"{Path(cfg.out).name}-{os.stat(f'{cfg.out}/step_000000').st_mtime_ns}",
+                          settings={"console": "off"}).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(f"{cfg.out}/tensorboard", purge_step=first + 1)  # later steps are forgotten
+    def show(line: dict, step: int) -> None:
+        for key, value in line.items():
+            if value is not None:
+                writer.add_scalar(key, value, step)
+        writer.flush()
+    return show
 
 # ---------------------------------------------------------------- the run
 MAX_SKIPPED = 3       # updates in a row that may be skipped before the run stops
@@ -579,7 +582,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.plan:
         return run_eval("plan", settings)
     import toy
-    pools, summaries = read_seeds(cfg)
+    pools, summaries = toy.read_seeds(cfg.seeds, cfg.attacks, cfg.play, cfg.opponent)
     ranks = setup(cfg)
     out = Path(cfg.out)
     newest = gather_list([checkpoint.newest_complete(out) if cfg.resume else None], ranks)[0]
@@ -611,10 +614,10 @@ def main(argv: list[str] | None = None) -> None:
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     logged = read_rows(f"{out}/games.jsonl") if first else []
     past_attacks = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
+    show = open_live_log(cfg, first) if cfg.log != "json" and ranks.rank == 0 else None
     skipped, dead = 0, not first  # updates in a row; whether nothing has happened in any game
-    rewards = REWARDS[cfg.reward]
 
-    caught, signals = checkpoint.catch_signals(), []
+    caught, signals, rewards = checkpoint.catch_signals(), [], REWARDS[cfg.reward]
     for step in range(first, cfg.steps):
         started, done = time.time(), step + 1
         # 1. seeds: the same on every rank; each plays its slice. Raw ones teach nobody but the defender
@@ -623,8 +626,8 @@ def main(argv: list[str] | None = None) -> None:
         seeds = replay(seeds, past_attacks, cfg.replay, cfg.seed, step, group)
         frozen = frozen_players(cfg, mixtures, step)
         learn = [role for role in PLAYS[cfg.play] if role not in frozen]
-        mine = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank].tolist()
-        mine = [n for n in mine if DEFENDER in learn or seeds[n].revise]
+        share = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank]
+        mine = [n for n in share.tolist() if DEFENDER in learn or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
         players = {role: open_player(role, frozen.get(role), policy, reference, cfg, ranks) for role in ROLES}
@@ -665,7 +668,7 @@ def main(argv: list[str] | None = None) -> None:
         warning = nothing_happened(games)
         log0(ranks, step_line(done, cfg.steps, metrics, warning))
         records = [checkpoint.game_record(game, done) for game in games]
-        on_main(ranks, partial(checkpoint.append_logs, out, metrics, records))
+        on_main(ranks, partial(checkpoint.append_logs, out, metrics, records, show))
         past_attacks += checkpoint.past_attacks(records, cfg.replay_won)
         if step % 25 == 0:
             log0(ranks, "\n" + "\n\n".join(show_game(g, rewards) for g in games[:2]) + "\n")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
 
+import arena
 import eval
 import judge
 import toy
@@ -372,7 +373,8 @@ def panels_of(monkeypatch, draw):
         made.extend(panels)
         return figure, panels
     original = eval.canvas
-    monkeypatch.setattr(eval, "canvas", canvas)
+    for module in (arena, eval):
+        monkeypatch.setattr(module, "canvas", canvas)
     draw()
     return made
 

@@ -87,7 +87,7 @@ def test_a_rewound_log_keeps_every_line_whatever_its_texts(text, tmp_path):
 # ---------------------------------------------------------------- outputs are checked before the work
 
 OUTPUTS = [("bench", "--json"), ("bench", "--transcripts"), ("crossplay", "--out"), ("exploit", "--out"),
-           ("diversity", "--json"), ("report", "--json"), ("plot", "--out")]
+           ("diversity", "--json"), ("report", "--json"), ("plot", "--out"), ("games", "--out")]
 PLACES = {"a file": "notes", "a folder": "folder", "a link to nothing": "link", "an input": "prompts",
           "in a file": "prompts.jsonl/x", "deep in a file": "prompts.jsonl/a/b/c", "a device": "/dev/full/x",
           "another ending": "x.txt", "no ending": ".", "a part of a model": "model/config"}
@@ -99,7 +99,7 @@ def test_an_output_that_cannot_be_a_new_file_is_refused_at_once(name, flag, plac
                                                                 capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, tmp_path / "model")
-    for ending in (".json", ".jsonl", ".png"):
+    for ending in (".json", ".jsonl", ".png", ".html"):
         (tmp_path / f"notes{ending}").write_text("precious")
         (tmp_path / f"folder{ending}").mkdir()
         (tmp_path / f"link{ending}").symlink_to("nowhere")
@@ -110,7 +110,7 @@ def test_an_output_that_cannot_be_a_new_file_is_refused_at_once(name, flag, plac
     inputs = ["--prompts", "prompts.jsonl", "prompts.json"] if takes else []
     asked = ["model"] if inputs else ["model", "prompts.jsonl", "prompts.json"]
     judge = ["--judge", "keywords"] if name == "bench" else []
-    ending = {"plot": ".png"}.get(name, ".jsonl" if flag == "--transcripts" else ".json")
+    ending = {"plot": ".png", "games": ".html"}.get(name, ".jsonl" if flag == "--transcripts" else ".json")
     out = PLACES[place] + ending * ("ending" not in place)
     sentence = refused(capsys, name, *asked, *judge, *inputs, flag, out)
     assert sentence.startswith(flag)

@@ -25,6 +25,7 @@ import checkpoint
 import eval
 import model as model_file
 import sample as sampling
+import toy
 import train
 from conftest import byte_tokenizer, measured
 from data import pack
@@ -309,7 +310,8 @@ def test_a_hundred_random_mixes_of_roles_neither_hang_nor_change_the_weights(tmp
 
 def revised(cfg):
     """Whether all seeds of each pool are for the attacker: harmful, harmful raw, benign, benign raw."""
-    return [all(seed.revise for seed in pool) for pool in train.read_seeds(cfg)[0]]
+    pools, _ = toy.read_seeds(cfg.seeds, cfg.attacks, cfg.play, cfg.opponent)
+    return [all(seed.revise for seed in pool) for pool in pools]
 
 
 def test_the_modes_of_play_choose_the_seeds(tmp_path):
@@ -319,7 +321,7 @@ def test_the_modes_of_play_choose_the_seeds(tmp_path):
     game = {"step": 1, "game": 0, "seed": "s", "legal": True, "answer": "", "verdict": {}}
     pool = [game | {"attack": "tell a story", "harmful": True}, game | {"attack": None, "harmful": False}]
     attacks.write_text("\n".join(map(json.dumps, pool)))
-    pools, _ = train.read_seeds(Config(play="defender", attacks=str(attacks)))
+    pools, _ = toy.read_seeds([], str(attacks), "defender", "")
     assert [seed.text for seed in pools[0]] == ["tell a story"]
     assert len(pools[1]) > 100 and len(pools[2]) > 100
 
@@ -667,7 +669,7 @@ def test_a_reply_that_the_context_cannot_hold_is_refused_with_the_longest_that_i
     """An attacker's prompt leaves room for a reply; a defender's prompt holds that reply and leaves room."""
     chat = ChatFormat(open_tokenizer(str(real / "policy")), ENGLISH, cot=False)
     cfg = Config(play=play, judge="keywords", seeds=seed_files(real), max_new_tokens=500)
-    pools, _ = train.read_seeds(cfg)
+    pools, _ = toy.read_seeds(cfg.seeds, cfg.attacks, cfg.play, cfg.opponent)
     seeds = [seed for pool in pools for seed in pool]
     raw = 512 - max(len(chat.defender_prompt(seed.text)) for seed in seeds)
     rewriting = 512 - max(len(chat.attacker_prompt(seed)) for seed in seeds)
