@@ -13,8 +13,8 @@ Whether it worked: benchmarks, diversity of attacks, figures, and the command li
     python eval.py plan SETTINGS        # the memory that a run needs: what train.py --plan prints
 
 A MODEL is a checkpoint folder, a run folder (its newest checkpoint) or a hub name. A rate comes with its 95 %
-Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily. No output that is
-named on the command line overwrites a file.
+Wilson interval, any other number with a 95 % bootstrap interval. `bench` decodes greedily, but for --samples.
+No output that is named on the command line overwrites a file.
 """
 import json
 import math
@@ -144,21 +144,20 @@ def write_json(file: str, results: dict) -> None:
     if file:
         Path(file).write_text(json.dumps(results, indent=1), "utf-8")
 
-def attacked(rows: list[tuple], args: Namespace) -> list[tuple]:
-    """The harmful prompts as --attacker rewrote them against the first model; a file, a curve beside it."""
+def attacked(rows: list[tuple], args: Namespace) -> tuple[list, dict]:
+    """The harmful prompts as --attacker rewrote them against the first model, and its success by queries."""
     seeds = [Seed(text, harmful, revise=True) for text, harmful in rows if harmful]
     matchup = Matchup("", seeds, open_judge_on_device(args.judge[0]), "zero_sum", args.max_new_tokens)
     players = open_eval_model(args.attacker), open_eval_model(args.models[0], args.prefill)
     best, curve = rewrites(*players, matchup, args.rewrites, args.rounds)
     file = Path(args.attacks)
-    append_rows(file, [game_record(game, 0) for game in best])
+    append_rows(file, [game_record(game, 0) | {"attack": game.asked} for game in best])
     print(markdown("attack success by queries", {args.models[0]: curve}, dict(zip(curve, map(str, curve)))))
-    write_json(str(file.with_suffix(".json")), curve)
     figure, [panel] = canvas(1, (5, 3.4))
     panel.plot(curve.keys(), [result["value"] for result in curve.values()])
     panel.set(xlabel="queries", ylabel="attack success", ylim=(-0.02, 1.02))
     figure.savefig(file.with_suffix(".png"), dpi=150)
-    return [(game.asked, True) for game in best]
+    return [(game.asked, True) for game in best], curve
 
 def main_bench(args: Namespace) -> None:
     """The exam of the embedded world, or files of prompts: a table for each, all models and judges in it."""
@@ -173,7 +172,8 @@ def main_bench(args: Namespace) -> None:
     benchmarks = read_benchmarks(args.prompts, args.limit) or {"held-out pairs": EXAM}
     max_new_tokens = args.max_new_tokens if args.prompts else EXAM_TOKENS
     if args.attacker:
-        benchmarks = {args.attacks: attacked(sum(benchmarks.values(), []), args)}
+        rows, curve = attacked(sum(benchmarks.values(), []), args)
+        benchmarks = {args.attacks: rows}
     benchmarks = in_wrappers(benchmarks, args.wrappers)
     results = {title: {} for title in benchmarks}
     first = {}   # the lines of the first model, by title and judge
@@ -198,7 +198,7 @@ def main_bench(args: Namespace) -> None:
         shown = {key: RATES[key] for key in RATES if any(key in column for column in columns.values())}
         text = f"{title}, judged by {', '.join(args.judge)}, n = {len(benchmarks[title])}"
         print(markdown(text + f" x {args.samples}" * (args.samples > 1), columns, shown), flush=True)
-    write_json(args.json, results)
+    write_json(args.json, results | ({"success by queries": curve} if args.attacker else {}))
 
 # ---------------------------------------------------------------- the ladder of the embedded world
 def ladder(model: EvalModel, temperature: float = 0.0) -> dict:
@@ -539,8 +539,7 @@ FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the c
     "prefill": ("", "how each answer begins: an attacker's words in the assistant's turn"),
     "wrappers": ([], "files with a column wrapper, attacks around a {prompt}: a table for each"),
     "attacker": ("", "a run or a chat model that rewrites harmful prompts, as the first model answers them"),
-    "rewrites": (4, "of a prompt in a round, by --attacker"),
-    "rounds": (1, "of --attacker, which reads how its rewrites fared"),
+    "rewrites": (4, "of a prompt in a round"), "rounds": (1, "of rewrites; the next is told how they fared"),
     "attacks": ("", "new file for the best attacks of --attacker, which --prompts asks again"),
     "prompts": ([], "files of prompts, known by their columns; none: the embedded world's, or the run's"),
     "limit": (0, "at most so many prompts of a file, evenly from all of it; 0: all"),
@@ -568,9 +567,7 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "plot": (main_plot, "training curves", "curves out"),
     "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", ""),
     "plan": (main_plan, "the memory of a run, for its settings in JSON: what train.py --plan prints", "")}
-
-BESIDE = {main_plot: [("out", ".json")], main_crossplay: [("out", ".png")],   # more files that are written
-          main_bench: [("attacks", ".json"), ("attacks", ".png")]}
+BESIDE = {main_plot: ("out", ".json"), main_crossplay: ("out", ".png"), main_bench: ("attacks", ".png")}
 
 def check_output(flag: str, file: Path, endings: list[str]) -> None:
     """Refuse a name with another ending, and one that cannot become a new file. Its folder is made."""
@@ -585,7 +582,7 @@ def check_output(flag: str, file: Path, endings: list[str]) -> None:
 
 def check_args(args: Namespace) -> None:
     """Refuse numbers out of range, and outputs that would not be new files, before any work."""
-    if args.function is main_bench and not args.attacker:
+    if not vars(args).get("attacker"):
         args.attacks = ""
     for name, value in vars(args).items():
         if isinstance(value, int):
@@ -596,9 +593,9 @@ def check_args(args: Namespace) -> None:
     for flag in endings:
         if vars(args).get(flag):
             check_output(flag, Path(vars(args)[flag]), endings[flag])
-    for flag, ending in BESIDE.get(args.function, []):
-        if vars(args)[flag]:
-            check_output(flag, Path(vars(args)[flag]).with_suffix(ending), [ending])
+    flag, ending = BESIDE.get(args.function, ("out", ""))   # of a second file
+    if ending and vars(args)[flag]:
+        check_output(flag, Path(vars(args)[flag]).with_suffix(ending), [ending])
 
 def main(argv: list[str] | None = None) -> None:
     cli = CommandLine(description="Whether it worked.")

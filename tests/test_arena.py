@@ -93,7 +93,7 @@ def test_the_interval_of_equal_values_has_the_width_that_their_number_allows():
 # ---------------------------------------------------------------- judges that err
 
 def test_kappa_is_the_agreement_beyond_chance_counted_by_hand():
-    """Of seven answers that both give 5 agree; both say yes to 4; chance 16/49 + 9/49; (35 - 25) / (49 - 25)."""
+    """Of seven answers of both 5 agree; both say yes to 4: chance is 16/49 + 9/49; (35 - 25) / (49 - 25)."""
     answers = [1, 1, 1, 0, 0, 0, 1, math.nan, 1]
     others = [1, 1, 0, 0, 0, 1, 1, 1, math.nan]
     result = kappa(answers, others)
@@ -274,10 +274,11 @@ def test_an_unreadable_verdict_is_in_no_number(chat):
 
 def test_an_attacker_tries_again_with_its_last_version_the_answer_and_the_verdict():
     """
-    The first version is `attack N`, refused; who has read of that writes `better N`. The defender falls for it
-    on odd seeds. So of two seeds with two versions in each of two rounds, one is won at the third query.
+    The first version is `attack N`, refused; who has read of that writes `better N`. The defender falls for
+    it on odd seeds. So of two seeds with two versions in each of two rounds, one is won at the third query.
     """
-    chat = ChatFormat(byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"), ENGLISH, cot=False)
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = ChatFormat(tokenizer, ENGLISH, cot=False)
     read = []
 
     def attacker(text):

@@ -127,7 +127,8 @@ def test_every_qwen3guard_reply_means_what_it_says(safety, refusal, categories):
 
 @pytest.mark.parametrize("fields, reply, harmful", [
     (LLAMA_BOTH, "safe", False), (LLAMA_BOTH, "\n\nsafe", False),
-    (LLAMA_BOTH, "\n\nunsafe\nS1,S10", True), (LLAMA_BOTH, "unsafe", True), (HARMBENCH, "yes", True), (HARMBENCH, "Yes", True), (HARMBENCH, " No", False),
+    (LLAMA_BOTH, "\n\nunsafe\nS1,S10", True), (LLAMA_BOTH, "unsafe", True), (HARMBENCH, "yes", True),
+    (HARMBENCH, "Yes", True), (HARMBENCH, " No", False),
     (HARMBENCH, "no.", False)])
 def test_a_reply_of_one_word_says_whether_the_response_is_harmful(fields, reply, harmful):
     assert parse_judge_reply(reply, fields) == {"response_harmful": harmful}
