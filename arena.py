@@ -106,8 +106,8 @@ def kappa(answers: Sequence[float], others: Sequence[float]) -> dict:
     def measure(weight_N: np.ndarray) -> float:
         agreed, a, b = np.average([pair_2N[0] == pair_2N[1], *pair_2N], 1, weight_N)
         chance = a * b + (1 - a) * (1 - b)
-        return (agreed - chance) / (1 - chance) if chance < 1 else 0.0
-    return bootstrap(measure, pair_2N.shape[1] if len(np.unique(pair_2N)) > 1 else 0)
+        return (agreed - chance) / max(1 - chance, 1e-9)
+    return bootstrap(measure, len(pair_2N[0]) * (len(np.unique(pair_2N)) > 1))
 
 def rogan_gladen(result: dict, counts: list) -> dict:
     """
@@ -122,11 +122,11 @@ def rogan_gladen(result: dict, counts: list) -> dict:
         youden = tp / (tp + fn) + specificity - 1   # at most 0 is no better than chance: 0 or 1
         return np.clip((share + specificity - 1) / np.maximum(youden, 1e-9), 0, 1)
     rng = np.random.default_rng(0)
-    yes = result["value"] * result["n"]
-    share_N = rng.beta(yes + 0.5, result["n"] - yes + 0.5, 1000)
-    low, high = np.quantile(corrected(share_N, rng.dirichlet(np.ravel(counts) + 0.5, 1000).T), [0.025, 0.975])
-    value = corrected(result["value"], np.ravel(counts))
-    return result | {"value": float(value), "low": float(low), "high": float(high)}
+    n = result["n"]
+    yes = result["value"] * n
+    counts_N4 = rng.dirichlet(np.ravel(counts) + 0.5, 1000)
+    low, high = np.quantile(corrected(rng.beta(yes + 0.5, n - yes + 0.5, 1000), counts_N4.T), [0.025, 0.975])
+    return result | {"value": corrected(yes / n, np.ravel(counts)), "low": low, "high": high}
 
 def read_validations(paths: list[str], judges: list[str]) -> dict:
     """By judge, what judge.py --validate wrote; refused where the judge is no better than chance."""
@@ -383,8 +383,7 @@ def in_wrappers(benchmarks: dict, files: list[str]) -> dict:
         if "{prompt}" not in wrapper:
             stop(f"{where}: the wrapper has no {{prompt}}; put it where the prompt goes.")
         for title, rows in benchmarks.items():
-            texts = [(wrapper.replace("{prompt}", text), label) for text, label in rows]
-            wrapped[f"{title}, {where}"] = texts
+            wrapped[f"{title}, {where}"] = [(wrapper.replace("{prompt}", row[0]), row[1]) for row in rows]
     return wrapped or benchmarks
 
 def legal_attacks(seed: Seed, n: int, rng: np.random.Generator) -> list[str]:
