@@ -282,7 +282,8 @@ def test_a_format_of_judge_models_can_be_added(change, judge_stand_in):
     labels = [verdict["prompt_harmful"] for verdict in verdicts if verdict["readable"]]
     print(f"\n    {len(labels)} of {len(verdicts)} verdicts are readable", end="")
     assert labels and None not in labels
-    assert all(verdict["refusal"] is verdict["response_harmful"] is None for verdict in verdicts)
+    assert all(verdict["response_harmful"] is None for verdict in verdicts)
+    assert all((verdict["refusal"] is None) == (not verdict["readable"]) for verdict in verdicts)
 
 
 # ---------------------------------------------------------------- the seeds of a step
