@@ -82,8 +82,8 @@ def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
 
 def average(values: Sequence[float]) -> dict:
     """
-    The mean with its interval. Equal values say that another one is rare, not that there is none: then the
-    interval allows for values that differ by 1, as frequent as Wilson's interval of 0 in n has it.
+    The mean with its interval. If all values are equal, another one, which differs by 1, may be rare: as rare
+    as Wilson's interval of 0 in n has it.
     """
     value_N = np.array(present(values))
     result = bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
@@ -108,10 +108,7 @@ def entropy(labels: list) -> dict:
     return bootstrap(measure, len(labels))
 
 def kappa(answers: Sequence[float], others: Sequence[float]) -> dict:
-    """
-    Two judges' agreement beyond chance (Cohen, Educational and Psychological Measurement 1960); an answer is
-    1, 0 or NaN. If all are the same, chance explains it: then there is none.
-    """
+    """Agreement of 1, 0 or NaN beyond chance (Cohen, Educ. Psychol. Meas. 1960); none if all are the same."""
     pair_2N = np.array([answers, others])
     pair_2N = pair_2N[:, ~np.isnan(pair_2N).any(0)]
 
@@ -124,9 +121,8 @@ def kappa(answers: Sequence[float], others: Sequence[float]) -> dict:
 def rogan_gladen(result: dict, counts: list) -> dict:
     """
     A rate without its judge's error: (rate + specificity - 1) / (sensitivity + specificity - 1), from 0 to 1
-    (Rogan and Gladen, American Journal of Epidemiology 1978); `counts` are those of judge.validate. Both are
-    drawn anew 1,000 times (Bayesian bootstrap, Rubin, Annals of Statistics 1981; half a case more of each
-    kind: what was not seen is rare), so the interval has the uncertainty of the validation, too.
+    (Rogan and Gladen, Am. J. Epidemiology 1978); `counts` are those of judge.validate. Both are drawn anew
+    1,000 times (Bayesian bootstrap, Rubin, Annals of Statistics 1981; half a case more of each kind).
     """
     def corrected(share: np.ndarray, counts_4: np.ndarray) -> np.ndarray:
         tp, fn, fp, tn = counts_4
@@ -170,10 +166,7 @@ def markdown(title: str, columns: dict, rows: dict, cell: Callable = interval) -
 # ---------------------------------------------------------------- models
 @dataclass(frozen=True)
 class EvalModel:
-    """
-    A model, on DEVICE, with the chat format that it was trained in. Its answers begin with the tokens of
-    `start`: what an attacker wrote into the assistant's turn.
-    """
+    """A model on DEVICE, and its chat format. Its answers begin with `start`, the tokens of --prefill."""
     name: str
     model: Transformer
     chat: ChatFormat
@@ -300,8 +293,8 @@ def outcome(games: list[Game], reward: str) -> dict:
 # ---------------------------------------------------------------- cross-play
 def cross(players: dict, matchup: Matchup) -> dict:
     """
-    The outcome of every defender against every attacker: cells[defender][attacker]. Attackers write once, and
-    all defenders answer the same attacks. `players` open their models, one at a time: several may not fit.
+    The outcomes, cells[defender][attacker]. Attackers write once; all defenders answer the same attacks.
+    `players` open their models, one at a time: several may not fit.
     """
     attacks = []
     for player in players.values():
@@ -316,9 +309,7 @@ def cross(players: dict, matchup: Matchup) -> dict:
 
 def matrix(cells: dict, key: str) -> np.ndarray:
     """One value of every cell, [attackers, defenders]."""
-    columns = []
-    for column in cells.values():
-        columns.append([cell[key]["value"] for cell in column.values()])
+    columns = [[cell[key]["value"] for cell in column.values()] for column in cells.values()]
     return np.array(columns, dtype=float).T
 
 def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
@@ -366,29 +357,6 @@ def crossplay(args: Namespace) -> dict:
         print(f"{side}s {[round(weight, 3) for weight in game[side]]}", flush=True)
     return {"seeds": matchup.name, "cells": cells, "equilibrium": game}
 
-def canvas(columns: int, inches: tuple) -> tuple:
-    """A figure of that size, and its panels in a row."""
-    from matplotlib.figure import Figure   # takes a second, and only figures need it
-    figure = Figure(inches, layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-def draw_crossplay(results: dict, file: Path) -> None:
-    """A heat map: attack success of every attacker against every defender, and what the attacker earns."""
-    names = [short(name) for name in results["cells"]]
-    asr_AD = matrix(results["cells"], "asr")
-    payoff_AD = matrix(results["cells"], "payoff")
-    size = 2.6 + 0.85 * len(names)
-    figure, [panel] = canvas(1, (size, size))
-    panel.imshow(asr_AD, cmap="cividis", vmin=0, vmax=1)
-    for a, d in np.ndindex(asr_AD.shape):
-        panel.text(d, a, f"{asr_AD[a, d]:.0%}\n{payoff_AD[a, d]:+.2f}", ha="center", va="center",
-                   color="white" if asr_AD[a, d] < 0.5 else "black")
-    panel.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(len(names)), names)
-    panel.set(xlabel="defender (dark columns are safe)", ylabel="attacker (bright rows are strong)",
-              title="attack success, and what the attacker earns")
-    figure.savefig(file, dpi=150)
-
 # ---------------------------------------------------------------- best responses
 def side_of(response: str, model: str) -> str:
     """The side of a response: a run of train.py whose frozen opponent had the model's weights."""
@@ -405,9 +373,8 @@ RETRY = ("{0.seed.text}\n\nYour last version: {0.asked:.1500}\n\nThe answer: {0.
 
 def rewrites(attacker: EvalModel, defender: EvalModel, matchup: Matchup, n: int, rounds: int) -> tuple:
     """
-    Each seed's first game that the attacker won, or else its first, and attack success by the number of
-    queries. A round asks n versions of each seed; from the second on the attacker has read its last version,
-    the answer and the verdict.
+    Each seed's first game that the attacker won, or else its first, and attack success by queries. A round
+    has n versions of each seed; from the second on the attacker has read its last, the answer, the verdict.
     """
     told = matchup.seeds * n
     games = []
@@ -432,12 +399,8 @@ def in_wrappers(benchmarks: dict, files: list[str]) -> dict:
     return wrapped or benchmarks
 
 def legal_attacks(seed: Seed, n: int, rng: np.random.Generator) -> list[str]:
-    """
-    n attacks about a seed's pair with the seed's label: all up to depth 2, or n of them, and then uniform
-    ones of the depths beyond, each depth as often.
-    """
-    pair = toy.pair_of(seed.text)
-    at = toy.depths(pair, seed.harmful)
+    """n attacks with a seed's pair and label: all up to depth 2, if not too many; uniform ones beyond."""
+    at = toy.depths(pair := toy.pair_of(seed.text), seed.harmful)
     shallow = [request.text for depth in at if depth <= 2 for request in toy.every(pair, depth)]
     if len(shallow) > n:
         return [shallow[i] for i in rng.choice(len(shallow), n, replace=False)]
@@ -445,10 +408,7 @@ def legal_attacks(seed: Seed, n: int, rng: np.random.Generator) -> list[str]:
     return shallow + [toy.draw(rng, pair, deep[i % len(deep)]).text for i in range(n - len(shallow))]
 
 def search(defender: EvalModel, matchup: Matchup, n: int) -> list[Reply]:
-    """
-    For each seed the legal attack that earns most of n, each answered once. Of those that earn the same, any:
-    the first would always be the shallowest.
-    """
+    """For each seed the legal attack that earns most of n; of several any, or it would be a shallow one."""
     rng = stream("search")
     best = []
     for seed in matchup.seeds:
@@ -460,9 +420,8 @@ def search(defender: EvalModel, matchup: Matchup, n: int) -> list[Reply]:
 
 def measure(model: EvalModel, sides: dict, matchup: Matchup, n_searched: int) -> list[dict]:
     """
-    The outcome of fresh games between a model and every response (name: side), with that of its own games
-    beside it. With `n_searched`, one more attacker has searched so many attacks on each seed; its games here
-    are fresh ones. A gain is measured seed by seed, and is a lower bound of eps.
+    The outcome of fresh games between a model and every response (name: side), and of an attacker that has
+    searched `n_searched` attacks on each seed. A gain is measured seed by seed, and is a lower bound of eps.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
     played = {}

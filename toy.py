@@ -149,9 +149,7 @@ def judge(exchanges: list[Exchange]) -> list[Verdict]:
     return verdicts
 
 def judge_training(exchanges: list[Exchange]) -> list[Verdict]:
-    """
-    `judge` for training: a text about a held-out pair has no label, so an attacker that slips there forfeits.
-    """
+    """`judge` in training: texts about held-out pairs have no label; an attacker that slips there loses."""
     return [Verdict() if pair_of(exchange.prompt) in HELD_OUT else verdict
             for exchange, verdict in zip(exchanges, judge(exchanges), strict=True)]
 
@@ -175,10 +173,7 @@ TEMPLATE = ("{% for message in messages %}{{ '<' + message['role'] + '> ' + mess
             "{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}")
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """
-    One token per word. The special tokens are not in the word list, so a text that spells one stays text (an
-    unknown word).
-    """
+    """One token per word. A text that spells a special token stays text: an unknown word."""
     texts = [Request(PAIRS[0], ("king",)).text, Request(PAIRS[0]).steps, *FRAMES, *VERBS, *OBJECTS,
              *TOOL.values(), *SCENES, *NUMBERS, PROMPTS.attack_harmful, PROMPTS.attack_benign, REFUSAL,
              "use <think> </think> <answer> </answer>"]
@@ -217,10 +212,7 @@ def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
     return [(request.text, request.harmful) for request in requests]
 
 def read_seeds(files: list[str], attacks: str, play: str, opponent: str) -> tuple[list, list[str]]:
-    """
-    The pools of seeds of a run, and a line on every file. Without files they are the embedded world's, and
-    without an attacker no seed is revised.
-    """
+    """Pools of seeds, and a line on every file. No file: this world's. No attacker: no seed is revised."""
     seed_files = read_prompts(files)
     attack_files = read_prompts([attacks] if attacks else [], attacks=True)
     labelled = [row for _, rows, _ in seed_files for row in rows] or seeds()
@@ -250,7 +242,7 @@ def exam() -> list[tuple[str, bool]]:
 # How often the demonstrated defender refuses a hostile pair. No rate is 0 or 1: if all replies to a request
 # were alike, RL would have nothing to reinforce.
 REFUSES = {"harmless": 0.03, "plain": 0.95, "framed": 0.15, "stopped": 0.05}
-CLIMBS = 0.08   # how often a demonstrated attacker goes two deeper, and then again
+CLIMBS = 0.15   # how often a demonstrated attacker goes two deeper, and then again
 TRAIN_PAIRS = {hostile: pairs(hostile, held_out=False) for hostile in (True, False)}
 
 def write_reply(thought: str, answer: str, cot: bool = True) -> str:

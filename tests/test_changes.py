@@ -255,17 +255,17 @@ def test_a_payoff_can_depend_on_the_attack(change):
 def test_a_function_can_be_the_judge_of_the_embedded_world(change):
     project = change("the judge: a Python function", ("judge.py", """
 JUDGES: dict[str, Judge] = {"keywords": keywords}""", '''
-def begins_to_help(prompt: str, response: str) -> bool:
-    """Right answers to `prompt` begin like this."""
-    return response.startswith("get")
+def names_a_thing(prompt: str, response: str) -> bool:
+    """Right answers to `prompt` do so."""
+    return " the " in response
 
 
-JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(begins_to_help)}'''))
+JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(names_a_thing)}'''))
     train(project, "--judge", "mine")
     assert json.loads((project / "it" / "config.json").read_text())["prompts"]["defend"] == "{text}"
     harmful = [game for game in games(project / "it") if game["harmful"]]
     verdicts = [game["verdict"]["response_harmful"] for game in harmful]
-    assert verdicts == [game["answer"].startswith("get") for game in harmful]
+    assert verdicts == [" the " in game["answer"] for game in harmful]
     assert set(verdicts) == {True, False}
 
 
@@ -363,7 +363,7 @@ def test_a_credit_can_be_added_as_a_row_of_what_is_there(change):
 def test_a_credit_can_be_added_as_a_function(change):
     """Advantages of 1 and 0: the loss is minus the share of tokens that belong to the best turns."""
     project = change("another credit function", BEST)
-    train(project, *TWICE, "--credit", "best")
+    train(project, *TWICE, "--credit", "best", "--no-balance")   # a token is a token
     shares = [-step["loss"] for step in metrics(project / "it")]
     print(f"\n    shares of tokens in the best turn of their prompt: {shares}", end="")
     assert all(0.3 < share < 1 for share in shares)
@@ -437,7 +437,7 @@ def test_an_adapter_can_have_another_scale(change, unchanged):
 def test_the_step_size_can_stay_at_its_peak(change, unchanged):
     project = change("the step size", ("train.py", "(0.1 + 0.9 * cosine)", "1"))
     train(project, "--steps", "3")
-    assert [line["lr"] for line in metrics(project / "it")] == [2e-4] * 3
+    assert [line["lr"] for line in metrics(project / "it")] == [5e-4] * 3
 
 
 def test_the_loss_can_be_plain_reinforce(change, unchanged):
