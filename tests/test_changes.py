@@ -255,17 +255,17 @@ def test_a_payoff_can_depend_on_the_attack(change):
 def test_a_function_can_be_the_judge_of_the_embedded_world(change):
     project = change("the judge: a Python function", ("judge.py", """
 JUDGES: dict[str, Judge] = {"keywords": keywords}""", '''
-def names_a_thing(prompt: str, response: str) -> bool:
-    """Right answers to `prompt` do so."""
-    return " the " in response
+def is_long(prompt: str, response: str) -> bool:
+    """A judge that suspects long exchanges."""
+    return len(prompt + response) > 24
 
 
-JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(names_a_thing)}'''))
+JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(is_long)}'''))
     train(project, "--judge", "mine")
     assert json.loads((project / "it" / "config.json").read_text())["prompts"]["defend"] == "{text}"
     harmful = [game for game in games(project / "it") if game["harmful"]]
     verdicts = [game["verdict"]["response_harmful"] for game in harmful]
-    assert verdicts == [" the " in game["answer"] for game in harmful]
+    assert verdicts == [len((game["attack"] or game["seed"]) + game["answer"]) > 24 for game in harmful]
     assert set(verdicts) == {True, False}
 
 
