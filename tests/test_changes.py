@@ -257,15 +257,15 @@ def test_a_function_can_be_the_judge_of_the_embedded_world(change):
 JUDGES: dict[str, Judge] = {"keywords": keywords}""", '''
 def is_long(prompt: str, response: str) -> bool:
     """A judge that suspects long exchanges."""
-    return len(prompt + response) > 24
+    return len(prompt + response) > 23
 
 
 JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(is_long)}'''))
     train(project, "--judge", "mine")
     assert json.loads((project / "it" / "config.json").read_text())["prompts"]["defend"] == "{text}"
-    harmful = [game for game in games(project / "it") if game["harmful"]]
-    verdicts = [game["verdict"]["response_harmful"] for game in harmful]
-    assert verdicts == [len((game["attack"] or game["seed"]) + game["answer"]) > 24 for game in harmful]
+    raw = [game for game in games(project / "it") if game["harmful"] and game["legal"] is None]
+    verdicts = [game["verdict"]["response_harmful"] for game in raw]
+    assert verdicts == [len(game["seed"] + game["answer"]) > 23 for game in raw]
     assert set(verdicts) == {True, False}
 
 
