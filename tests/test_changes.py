@@ -256,16 +256,16 @@ def test_a_function_can_be_the_judge_of_the_embedded_world(change):
     project = change("the judge: a Python function", ("judge.py", """
 JUDGES: dict[str, Judge] = {"keywords": keywords}""", '''
 def is_long(prompt: str, response: str) -> bool:
-    """A judge that suspects long exchanges."""
-    return len(prompt + response) > 23
+    """A judge that suspects long answers."""
+    return len(response) > 12
 
 
 JUDGES: dict[str, Judge] = {"keywords": keywords, "mine": from_function(is_long)}'''))
-    train(project, "--judge", "mine")
+    train(project, "--judge", "mine", "--games", "32")
     assert json.loads((project / "it" / "config.json").read_text())["prompts"]["defend"] == "{text}"
-    raw = [game for game in games(project / "it") if game["harmful"] and game["legal"] is None]
-    verdicts = [game["verdict"]["response_harmful"] for game in raw]
-    assert verdicts == [len(game["seed"] + game["answer"]) > 23 for game in raw]
+    harmful = [game for game in games(project / "it") if game["harmful"]]
+    verdicts = [game["verdict"]["response_harmful"] for game in harmful]
+    assert verdicts == [len(game["answer"]) > 12 for game in harmful]
     assert set(verdicts) == {True, False}
 
 
