@@ -49,6 +49,7 @@ from scipy import stats
 
 import toy
 from arena import Matchup, alternate, attacks_of, open_eval_model
+from eval import diversity, logged_games
 from sample import stream
 
 FLAGS = {"live": [], "attacker": ["--play", "attacker"], "defender": ["--play", "defender"],
@@ -190,6 +191,43 @@ def entropy(texts: list[str]) -> float:
     return float(-(share_N * np.log(share_N)).sum())
 
 
+def diversity_of(run: Path, n: int, n_step: int, embedder: str) -> dict[str, float]:
+    """
+    How different the first n legal attacks of a run are, and those of a step: the first n_step of each step
+    that has as many. Distinct texts, their entropy in nats, and the last 192 attacks on harmful seeds by the
+    measures of eval.py diversity. `peak`: the step in which most attacks won.
+    """
+    rows = [json.loads(line) for line in (run / "games.jsonl").read_text().splitlines()]
+    by_step: dict[int, list[str]] = {}
+    for row in rows:
+        if row["legal"]:
+            by_step.setdefault(row["step"], []).append(row["attack"])
+    steps = {step: texts[:n_step] for step, texts in by_step.items() if len(texts) >= n_step}
+    won = Counter(row["step"] for row in rows if row["attack"] and row["verdict"]["response_harmful"])
+    peak = max(steps, key=lambda step: won[step])
+    texts = sum(by_step.values(), [])[:n]
+    late = diversity(logged_games(f"{run}/games.jsonl")[:192], embedder)
+    return {"distinct": len(set(texts)), "entropy": entropy(texts),
+            "distinct_step": float(np.mean([len(set(texts)) for texts in steps.values()])),
+            "entropy_step": float(np.mean([entropy(texts) for texts in steps.values()])),
+            "distinct_peak": len(set(steps[peak])), "entropy_peak": entropy(steps[peak]),
+            **{key: late[key]["value"] for key in ("inv_self_bleu", "inv_sbert", "tactic_entropy")}}
+
+
+def diversities(args: Namespace) -> dict:
+    """Self-play's attacks beside those of an attacker alone, as many of both; a table, and the numbers."""
+    runs = {arm: [args.out / f"{arm}-{seed}" for seed in args.seeds] for arm in ("live", "attacker")}
+    n = min(len(legal_attacks(run)) for part in runs.values() for run in part)
+    found = {arm: [diversity_of(run, n, 48, args.embedder) for run in part] for arm, part in runs.items()}
+    print(f"\n| the first {n} legal attacks, or 48 of a step | live | attacker | ratio - 1 |\n|{' --- |' * 4}")
+    for key in found["live"][0]:
+        live, attacker = ([result[key] for result in found[arm]] for arm in runs)
+        if None not in live:
+            ratio = [a / b - 1 for a, b in zip(live, attacker, strict=True)]
+            print(f"| {key} | {' | '.join(map(summary, (live, attacker, ratio)))} |")
+    return found
+
+
 def race(run: Path) -> dict[str, float]:
     """Attack success, means of five steps: where its largest rise begins and ends. The largest depth."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -278,6 +316,7 @@ def main() -> None:
     cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live")
     cli.add_argument("--climbs", type=float, default=toy.CLIMBS, help="how often the start's attacker climbs")
     cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")
+    cli.add_argument("--embedder", default="", help="folder of a Sentence-BERT model, for cosines")
     cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
     args = cli.parse_args()
     args.flags = args.flags.split()
@@ -285,9 +324,10 @@ def main() -> None:
     run_all(args)
     results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds}
                for arm in ARMS if arm in args.arms}
-    (args.out / "arms.json").write_text(json.dumps(results, indent=1))
     print_tables(results)
     draw(results, args.out / "arms.png")
+    extra = {"diversity": diversities(args)} if {"live", "attacker"} <= set(args.arms) else {}
+    (args.out / "arms.json").write_text(json.dumps(results | extra, indent=1))
 
 
 if __name__ == "__main__":

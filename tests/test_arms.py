@@ -133,3 +133,21 @@ def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
 def test_the_entropy_of_attacks_by_hand():
     assert arms.entropy(["a", "a", "b", "b"]) == pytest.approx(np.log(2))
     assert arms.entropy(["a"] * 3) == 0
+
+
+def test_the_diversity_of_a_runs_attacks_by_hand(tmp_path):
+    """Two steps: four attacks of which two are the same and won, then four different ones that lost."""
+    texts = [["king", "king", "bank", "rat"], ["log", "wire", "king", "nail"]]
+    rows = []
+    for step, words in enumerate(texts, 1):
+        for n, word in enumerate(words):
+            text = toy.Request(("burn", word)).text
+            won = step == 1 and word == "king"
+            rows.append({"step": step, "game": n, "seed": text, "attack": text, "harmful": True, "legal": True,
+                         "verdict": {"response_harmful": won}})
+    (tmp_path / "games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = arms.diversity_of(tmp_path, 8, 4, "")
+    print(found)
+    assert found["distinct"] == 6 and found["distinct_step"] == 3.5 and found["distinct_peak"] == 3
+    assert found["entropy"] == pytest.approx(-(3 / 8 * np.log(3 / 8) + 5 / 8 * np.log(1 / 8)))
+    assert found["entropy_peak"] == pytest.approx(1.5 * np.log(2))

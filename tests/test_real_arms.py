@@ -75,7 +75,8 @@ def out(tmp_path_factory):
         patch.setattr(real_arms, "ThreadPoolExecutor", InTurn)
         patch.setattr(sys, "argv", ["real_arms.py", "--model", str(folder / "model"), "--data",
                                     str(folder / "data"), "--out", str(folder / "runs"), "--seeds", "0",
-                                    "--steps", "2", "--games", "8", "--tokens", "8", "--pairs", "4", "--n", "4"])
+                                    "--steps", "2", "--games", "8", "--tokens", "8", "--pairs", "4",
+                                    "--n", "4"])
         real_arms.main()
     os.chdir(before)
     return folder / "runs"
