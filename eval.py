@@ -20,7 +20,6 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from kernels import CommandLine, check_number, stop
 from kernels.logprob import head_bytes
 from model import Transformer, newest_step, refuse_damage, run_config
 from selfplay import Seed
-from train import Config, add_adapters
+from train import TOY_WORLD, Config, add_adapters
 
 EXAM = toy.exam()  # held-out pairs
 EXAM_TOKENS = 24   # longest answer in the exam; a right one has 14
@@ -331,16 +330,15 @@ def main_diversity(args: Namespace) -> None:
     write_json(args.json, results)
 
 # ---------------------------------------------------------------- report
-USUAL = {f.name: f.default for f in fields(Config)}
-
 def kind_of(config: dict) -> str:
     """What runs of one kind have in common: mode, payoffs, thoughts, and the pool of attacks."""
     kind = f"{config['play']} {config['reward']}{'' if config['cot'] else ' no-cot'}".replace(" zero_sum", "")
     if config["attacks"]:
         kind += f" on attacks of {config['attacks'].rsplit('-', 1)[0]}"   # without its seed
+    usual = vars(Config()) | (TOY_WORLD if config["judge"] == "toy" else {})
     for name in ("credit", "attacks_per_seed", "answers_per_attack", "balance", "replay", "replay_won",
                  "opponent", "opponent_share", "adapter_rank", "adapters"):
-        if config.get(name, USUAL[name]) != USUAL[name]:
+        if config.get(name, usual[name]) != usual[name]:
             kind += f" {name}={config[name]}"
     return kind
 
@@ -369,12 +367,12 @@ def main_report(args: Namespace) -> None:
     write_json(args.json, kinds)
 
 # ---------------------------------------------------------------- figures
-# Okabe and Ito's colours: safe for colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")   # Okabe and Ito's
 CURVES = {   # a panel each
     "asr": "attack success\n(without attacks: raw requests)",
     "over_refusal": "over-refusal\n(attacked benign; down is better)",
     "benign_answered": "benign answered\n(up is better)",
+    "depth": "depth of attacks\n(people to stop, mean)",
     "kl": "KL to the start\n(nats per token)"}
 
 def smooth(values: list) -> list:
@@ -383,9 +381,8 @@ def smooth(values: list) -> list:
 
 def logged(line: dict, key: str) -> float | None:
     """A metric of a step; the attack success of a step without an attacker is that of raw requests."""
-    if key == "asr" and line.get(key) is None and line.get("forfeit") is None:
-        return line.get("asr_raw")
-    return line.get(key)
+    value = line.get(key)
+    return line.get("asr_raw") if key == "asr" and value is line.get("forfeit") is None else value
 
 def canvas(columns: int, inches: tuple) -> tuple:
     """A figure of that size, and its panels in a row."""
@@ -440,7 +437,8 @@ def draw_crossplay(results: dict, file: Path) -> None:
 def main_plot(args: Namespace) -> None:
     """One figure of all the runs' curves."""
     file = args.out or f"{args.models[0]}/curves.png"
-    draw_curves(args.models, file, args.curves)
+    in_toy = toy.is_toy_model(args.models[0])
+    draw_curves(args.models, file, [key for key in args.curves if in_toy or key != "depth"])
     print(f"curves: {file}")
 
 # ---------------------------------------------------------------- a page of games

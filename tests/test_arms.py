@@ -143,7 +143,8 @@ def test_the_diversity_of_a_runs_attacks_by_hand(tmp_path):
         for n, word in enumerate(words):
             text = toy.Request(("burn", word)).text
             won = step == 1 and word == "king"
-            rows.append({"step": step, "game": n, "seed": text, "attack": text, "harmful": True, "legal": True,
+            rows.append({"step": step, "game": n, "seed": text, "attack": text, "harmful": True,
+                         "legal": True,
                          "verdict": {"response_harmful": won}})
     (tmp_path / "games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = arms.diversity_of(tmp_path, 8, 4, "")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import arena
 import eval
 import judge
 import toy
@@ -459,9 +458,8 @@ def test_a_file_that_holds_no_games_is_refused(tmp_path, capsys):
 def test_a_report_has_a_column_per_kind_of_run_and_counts_a_shared_start_once(sft_run, tmp_path, capsys):
     command("report", sft_run, sft_run / "step_000001", "--n", 8, "--json", tmp_path / "r.json")
     kinds = json.loads((tmp_path / "r.json").read_text())
-    assert {kind: len(results) for kind, results in kinds.items()} == {
-        "start": 1, "self balance=True replay=0.5": 1}
-    assert "| start, 1 runs | self balance=True replay=0.5, 1 runs |" in capsys.readouterr().out
+    assert {kind: len(results) for kind, results in kinds.items()} == {"start": 1, "self": 1}
+    assert "| start, 1 runs | self, 1 runs |" in capsys.readouterr().out
 
 
 def test_a_spread_is_the_mean_and_the_deviation_of_a_sample():
@@ -471,11 +469,13 @@ def test_a_spread_is_the_mean_and_the_deviation_of_a_sample():
 
 
 def test_what_distinguishes_runs_is_everything_but_their_seed():
-    config = {"play": "self", "reward": "zero_sum", "cot": True, "attacks": ""}
+    config = {"play": "self", "judge": "keywords", "reward": "zero_sum", "cot": True, "attacks": ""}
     assert eval.kind_of(config) == "self"
     assert eval.kind_of(config | {"reward": "paper", "cot": False}) == "self paper no-cot"
     pools = {eval.kind_of(config | {"attacks": f"runs/start-{seed}/games.jsonl"}) for seed in (0, 1)}
     assert pools == {"self on attacks of runs/start"}
+    in_toy = config | {"judge": "toy", "balance": True, "replay": 0.5}   # as that world's defaults have it
+    assert eval.kind_of(in_toy) == "self" and eval.kind_of(in_toy | {"replay": 0.0}) == "self replay=0.0"
 
 
 def test_crossplay_writes_its_numbers_and_its_heat_map(sft_run, tmp_path, capsys, monkeypatch):
@@ -500,7 +500,8 @@ def write_runs(folder, asr=(0.5, 0.7, None)):
         run = folder / f"{play}-{number}"
         (run / "step_000000").mkdir(parents=True)
         (run / "latest").write_text("step_000012")
-        config = {"play": play, "reward": "zero_sum", "cot": True, "attacks": "", "prompts": {}}
+        config = {"play": play, "judge": "keywords", "reward": "zero_sum", "cot": True, "attacks": "",
+                  "prompts": {}}
         (run / "config.json").write_text(json.dumps(config))
         lines = []
         for step in range(1, 13 - number):
@@ -520,8 +521,7 @@ def panels_of(monkeypatch, draw):
         made.extend(panels)
         return figure, panels
     original = eval.canvas
-    for module in (arena, eval):
-        monkeypatch.setattr(module, "canvas", canvas)
+    monkeypatch.setattr(eval, "canvas", canvas)
     draw()
     return made
 
@@ -555,7 +555,7 @@ def test_a_row_more_in_curves_is_a_panel_more(tmp_path, monkeypatch):
     monkeypatch.setitem(eval.CURVES, "words", "words in an attack")
     runs = write_runs(tmp_path)
     panels = panels_of(monkeypatch, lambda: eval.draw_curves(runs, tmp_path / "c.png", list(eval.CURVES)))
-    assert [panel.get_title() for panel in panels][4:] == ["words in an attack"]
+    assert [panel.get_title() for panel in panels][5:] == ["words in an attack"]
 
 
 def test_curves_can_be_chosen(tmp_path, monkeypatch):
@@ -583,7 +583,7 @@ def test_a_count_of_nothing_is_refused(capsys):
 
 
 def test_runs_of_another_credit_are_another_kind():
-    usual = {"play": "self", "reward": "zero_sum", "cot": True, "attacks": ""}
+    usual = {"play": "self", "judge": "keywords", "reward": "zero_sum", "cot": True, "attacks": ""}
     assert eval.kind_of(usual) == eval.kind_of(usual | {"credit": "centred", "replay": 0.0}) == "self"
     assert eval.kind_of(usual | {"credit": "group", "replay": 0.5}) == "self credit=group replay=0.5"
     adapted = eval.kind_of(usual | {"opponent": "past", "adapter_rank": 16, "adapters": "roles"})
