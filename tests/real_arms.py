@@ -59,10 +59,10 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def held_out(data: dict[str, list[dict]], label: str, n: int) -> list[dict]:
-    """The first n rows of the benchmark of which no training file has the plain or the adversarial text."""
+    """The first n rows with different plain texts of the benchmark, none of them in a training file."""
     trained = {row["prompt"] for name, rows in data.items() if "test" not in name for row in rows}
     rows = [row for row in data[f"{label} test"] if not trained & {row["vanilla"], row["adversarial"]}]
-    return rows[:n]
+    return list({row["vanilla"]: row for row in reversed(rows)}.values())[::-1][:n]
 
 
 def prepare(args: Namespace, model: EvalModel) -> None:
