@@ -73,7 +73,7 @@ def tiny(tokenizer):
 @pytest.fixture(scope="session")
 def sft_run(tmp_path_factory, worker_id):
     """
-    A run folder that holds an SFT start of 40 updates with seed 5 and one training step. A run beside a copy
+    A run folder that holds an SFT start of 150 updates with seed 5 and one training step. A run beside a copy
     of it needs no SFT of its own. If several processes run tests, one of them makes it.
     """
     if worker_id == "master":
@@ -84,7 +84,7 @@ def sft_run(tmp_path_factory, worker_id):
     with FileLock(f"{folder}.lock"):
         folder.mkdir(exist_ok=True)
         if not run.exists():
-            done = finished(start(["--sft-steps", "40", "--seed", "5", "--games", "4", "--steps", "1",
+            done = finished(start(["--sft-steps", "150", "--seed", "5", "--games", "4", "--steps", "1",
                                    "--no-exam", "--out", run]))
             assert done.returncode == 0, done.stderr[-3000:]
     return run

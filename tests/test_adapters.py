@@ -31,7 +31,7 @@ from train import Config
 
 ROLES, SHARED = ("attacker", "defender"), "attacker-defender"   # the names of adapters
 SMALL = ["--adapter-rank", "4", "--steps", "4", "--games", "8", "--seed", "5", "--save-every", "2",
-         "--max-new-tokens", "16", "--no-exam"]
+         "--max-new-tokens", "40", "--lr", "2e-3", "--no-exam"]
 
 
 def with_adapters(model, names, rank=3):

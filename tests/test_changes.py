@@ -277,7 +277,7 @@ def test_a_format_of_judge_models_can_be_added(change, judge_stand_in):
 '''))
     stand_in = judge_stand_in
     save(project / "judge", stand_in.model.state_dict(), stand_in.model, stand_in.tokenizer)
-    train(project, "--judge", "mine:judge")
+    train(project, "--judge", "mine:judge", "--games", "32")
     verdicts = [game["verdict"] for game in games(project / "it") if game["answer"]]
     labels = [verdict["prompt_harmful"] for verdict in verdicts if verdict["readable"]]
     print(f"\n    {len(labels)} of {len(verdicts)} verdicts are readable", end="")
@@ -475,7 +475,7 @@ def test_a_metric_can_be_logged_printed_drawn_and_explained(change):
         explained = re.findall(r"`([a-z_]+)`", (project / "README.md").read_text())
         assert step.keys() <= set(explained), step.keys() - set(explained)
     titles = titles_of_panels(project)
-    assert len(titles) == 5 and titles[-1] == "attacks that ask how"
+    assert len(titles) == 6 and titles[-1] == "attacks that ask how"
 
 
 PANELS = """

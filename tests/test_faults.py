@@ -199,11 +199,11 @@ def limit_file_size(sizes, rank):
 
 
 ANY = resource.RLIM_INFINITY
-LIMITS = {   # bytes per rank. Rank 0 writes the weights, 4.0 MB; all ranks share the optimizer, 8.1 MB
-    "weights do not fit": [3_000_000],
-    "optimizer does not fit": [4_500_000],
-    "weights do not fit, 2 ranks": [3_000_000, ANY],
-    "one rank's share of the optimizer does not fit": [ANY, 3_000_000],
+LIMITS = {   # bytes per rank. Rank 0 writes the weights, 1.2 MB; all ranks share the optimizer, 3.5 MB
+    "weights do not fit": [800_000],
+    "optimizer does not fit": [1_500_000],
+    "weights do not fit, 2 ranks": [800_000, ANY],
+    "one rank's share of the optimizer does not fit": [ANY, 1_000_000],
 }
 
 
@@ -228,7 +228,7 @@ def test_a_disk_that_is_full_and_one_that_is_read_only_cost_nothing(runs):
     out = runs / "mounted"
     on_disk = first_steps(runs, "to_mount")
     out.mkdir()
-    mount(out, "size=56m")   # holds the start (4 MB) and three checkpoints of 16 MB, not four
+    mount(out, "size=17m")   # holds the start (1.2 MB) and three checkpoints of 4.6 MB, not four
     try:
         shutil.copytree(on_disk, out, dirs_exist_ok=True)
         refused(run("--resume", "--out", out), "No space left on device")

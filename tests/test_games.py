@@ -90,10 +90,10 @@ def test_an_attack_that_spells_a_script_stays_text_in_a_browser(tmp_path):
 def test_no_text_of_a_game_can_end_the_script_it_stands_in(tmp_path):
     """Without a browser: beside the data, the page is the template."""
     page = write_page(tmp_path / "run", GAMES).read_text("utf-8")
-    before, after = eval.GAMES_PAGE.split("DATA")
+    before, after = eval.GAMES_PAGE.read_text().split("DATA")
     data = page.removeprefix(before).removesuffix(after)
     assert "<" not in data and json.loads(data)["games"] == GAMES
-    assert not re.search(r"https?:|src=|href=|@import|fetch\(", eval.GAMES_PAGE), "nothing is loaded"
+    assert not re.search(r"https?:|src=|href=|@import|fetch\(", before + after), "nothing is loaded"
 
 
 def test_the_chart_counts_harmful_answers_to_attacks_by_step(tmp_path):

@@ -128,7 +128,7 @@ def test_in_rock_paper_scissors_the_latest_policies_cycle_and_the_past_calms_the
 # ---------------------------------------------------------------- runs
 
 FLAGS = ["--games", "8", "--seed", "5", "--no-exam", "--steps", "8", "--save-every", "2", "--lr", "1e-3",
-         "--opponent", "past", "--opponent-share", "0.7", "--keep", "2", "--max-new-tokens", "16"]
+         "--opponent", "past", "--opponent-share", "0.7", "--keep", "2", "--max-new-tokens", "40"]
 KINDS = {"weights": [], "shared": ["--adapter-rank", "4"],
             "roles": ["--adapter-rank", "4", "--adapters", "roles"]}
 each_kind = pytest.mark.parametrize("kind", KINDS)
