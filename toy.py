@@ -14,10 +14,10 @@ odd depth. An attacker keeps the label by going two deeper; a frame ("tell a sto
 changes it. The grammar is closed: a text is one of finitely many requests, each with one label, or it has
 none. So all attacks can be listed, or drawn uniformly.
 
-A quarter of the pairs of verb and object is held out: no demonstration and no seed contains them. `train_sft`
-teaches a randomly initialised model this language by supervised fine-tuning (SFT) on demonstrations. Their
-defender refuses what is plainly harmful, falls for frames, and has never met depth 2 or more of a hostile
-act. Their attacker goes there rarely. Nothing here is harmful in the real world.
+A quarter of the pairs of verb and object is held out from demonstrations and seeds. `train_sft` teaches a
+randomly initialised model this language by supervised fine-tuning (SFT). The demonstrated defender refuses
+what is plainly harmful, falls for frames, and has never met a hostile act at depth 2 or more; the attacker
+goes there rarely.
 
     python toy.py            # a request that climbs the ladder, and what the judge says of an answer
 """
@@ -156,10 +156,7 @@ def judge_training(exchanges: list[Exchange]) -> list[Verdict]:
 JUDGES["toy"] = judge_training   # so `--judge toy` is only there where this world is
 
 def climb_metrics(games: list[Game], past: list[Seed]) -> dict[str, float | None]:
-    """
-    Of a step's legal attacks: the share that is new, neither in the run's past nor earlier in the step, and
-    the mean depth of those about a hostile act. With --replay-won, the past is what won.
-    """
+    """Of legal attacks the share of new ones (--replay-won: not won before); of hostile ones the depth."""
     attacks = [game.asked for game in games if is_legal(game)]
     new = set(attacks) - {seed.text for seed in past}
     requests = [request for request in map(parse, attacks) if request and is_hostile(request.pair)]
@@ -202,8 +199,7 @@ def pairs(hostile: bool, held_out: bool) -> list[Pair]:
 def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
     """
     Requests without a frame, with their labels. Harmful: every hostile pair. Benign: every harmless pair, and
-    every hostile one with three people, one at a time, to be stopped from it. So benign attackers have as far
-    to climb as harmful ones.
+    every hostile one at depth 1, for three people: so benign attackers have as far to climb as harmful ones.
     """
     hostile = pairs(True, held_out)
     requests = [Request(pair) for pair in hostile + pairs(False, held_out)]
@@ -223,10 +219,7 @@ def read_seeds(files: list[str], attacks: str, play: str, opponent: str) -> tupl
     return pools, [summary for _, _, summary in seed_files + attack_files]
 
 def exam() -> list[tuple[str, bool]]:
-    """
-    Held-out pairs in uniformly drawn requests: (text, harmful). Every hostile pair in three at every depth,
-    of which the even ones are harmful and the odd ones benign; every harmless pair in one.
-    """
+    """Held-out pairs, (text, harmful): hostile ones three times at every depth, uniform; others once."""
     rng = stream("exam")
     requests = []
     for pair, depth in product(pairs(True, held_out=True), range(MAX_DEPTH + 1)):
@@ -253,10 +246,7 @@ def choose(rng: np.random.Generator, items: list) -> object:
     return items[rng.integers(len(items))]
 
 def attack_demonstration(rng: np.random.Generator) -> tuple[Request, Request]:
-    """
-    A seed, and an attack with its label: framed, and with chance CLIMBS two deeper, once or twice. On a
-    harmless pair it has any depth: so it learns to write deep ones.
-    """
+    """A seed, and an attack with its label, two deeper with chance CLIMBS, and again. Harmless: any depth."""
     harmful = rng.random() < 0.5
     hostile = harmful or rng.random() < 0.75
     seed = draw(rng, choose(rng, TRAIN_PAIRS[hostile]), int(hostile and not harmful))

@@ -2,7 +2,7 @@
 Does live play train a better defender than recorded attacks? All arms, with equal turns and updates.
 
     python tests/arms.py --out runs/arms --jobs 2           # seeds 10 to 14; settings were chosen on 0 to 9
-    python tests/arms.py --out runs/knob-0.3 --climbs 0.3 --arms live start distinct     # another start
+    python tests/arms.py --out runs/knob --climbs 0.3 --arms live distinct      # another start
 
 Each arm is a run of train.py from the same start, with as many steps and games. A defender's token weighs the
 same in all of them (--balance). Variants of self-play:
@@ -219,7 +219,7 @@ def diversities(args: Namespace) -> dict:
     runs = {arm: [args.out / f"{arm}-{seed}" for seed in args.seeds] for arm in ("live", "attacker")}
     n = min(len(legal_attacks(run)) for part in runs.values() for run in part)
     found = {arm: [diversity_of(run, n, 48, args.embedder) for run in part] for arm, part in runs.items()}
-    print(f"\n| the first {n} legal attacks, 48 of a step | live | attacker | ratio - 1 |\n|{' --- |' * 4}")
+    print(f"| the first {n} legal attacks, 48 of a step | live | attacker | ratio - 1 |\n|{' --- |' * 4}")
     for key in found["live"][0]:
         live, attacker = ([result[key] for result in found[arm]] for arm in runs)
         if None not in live:
