@@ -298,11 +298,11 @@ def draw(results: dict, file: Path) -> None:
     for row, (arm, by_seed) in enumerate(results.items()):
         values = [result["greedy"]["balanced"]["value"] for result in by_seed.values()]
         axes.plot(values, [row] * len(values), "o", alpha=0.5, color="C0" if arm in FLAGS else "C1")
-        if len(values) > 1:
+        if len(values) > 2:
             axes.errorbar(np.mean(values), row, xerr=interval(values), fmt="k|", capsize=3)
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 0.75)
     axes.set_xlabel("balanced error on held-out requests, greedy (0.5: refuses, or answers, everything)")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()

@@ -28,12 +28,13 @@ SHORTER = {
     "eval.py report": "--n 8",
     "eval.py diversity": "--n 8",
     "eval.py crossplay": "--n 8",
-    "eval.py exploit": "--n 8",
+    "eval.py exploit": "--n 8 --search 20",
+    "tests/arms.py": "--seeds 10 --arms live --flags '--steps 2 --games 16 --sft-steps 20'",
     "tests/weak_scaling.py": "--games 4 --steps 2 --sft-steps 1",
 }
 # Commands that this run of the tests is, or that the tests of bench.py run on tiny sizes.
 LEFT_OUT = ("-m venv", "-m pytest", "tests/bench.py")
-LONG_FLAGS = r" --(steps|games|n|sft-steps) [0-9]+(?=$| )"
+LONG_FLAGS = r" --(steps|games|n|search|sft-steps) [0-9]+(?=$| )"
 
 
 def shortened(block: str) -> str:
