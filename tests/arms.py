@@ -1,7 +1,7 @@
 """
 Does live play train a better defender than recorded attacks? All arms, with equal turns and updates.
 
-    python tests/arms.py --out runs/arms --jobs 2           # seeds 10 to 14; settings were chosen on 0 to 9
+    python tests/arms.py --out runs/arms --jobs 2           # hours; --arms and --seeds for some of them
     python tests/arms.py --out runs/knob --climbs 0.3 --arms live distinct      # another start
 
 Each arm is a run of train.py from the same start, with as many steps and games. A defender's token weighs the
