@@ -401,6 +401,7 @@ def resident(field="VmRSS"):
     return int(open("/proc/self/status").read().split(field + ":")[1].split()[0]) * 1024
 
 load({tiny!r})   # whatever is imported on the way
+open("/proc/self/clear_refs", "w").write("5")   # forget the peak of that
 before = resident()
 model = load({folder!r})
 print((resident("VmHWM") - before) / sum(4 * p.numel() for p in model.parameters()))
@@ -408,7 +409,10 @@ print((resident("VmHWM") - before) / sum(4 * p.numel() for p in model.parameters
 
 
 def test_opening_a_checkpoint_takes_little_more_memory_than_its_weights(tmp_path):
-    """Files are read weight by weight, and fused matrices replace what they are made of."""
+    """
+    Files are read weight by weight, and fused matrices replace what they are made of. A second copy would make
+    it 2; 1.2 to 1.5 is what was seen, as pages of the mapped file come and go.
+    """
     config = LlamaConfig(vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6,
                          num_attention_heads=12, num_key_value_heads=4)
     for name, sizes in (("big", config), ("tiny", CONFIGS["llama, untied"])):
@@ -418,7 +422,7 @@ def test_opening_a_checkpoint_takes_little_more_memory_than_its_weights(tmp_path
     code = PEAK.format(root=root, tiny=str(tmp_path / "tiny"), folder=str(tmp_path / "big"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    measured("peak over the weights, fp32", float(done.stdout.split()[-1]), 1.5)
+    measured("peak over the weights, fp32", float(done.stdout.split()[-1]), 1.7)
 
 
 def test_a_model_without_any_stop_token_is_said(tiny, tokenizer):
