@@ -410,7 +410,7 @@ print((resident("VmHWM") - before) / sum(4 * p.numel() for p in model.parameters
 
 def test_opening_a_checkpoint_takes_little_more_memory_than_its_weights(tmp_path):
     """
-    Files are read weight by weight, and fused matrices replace what they are made of. A second copy would make
+    Files are read weight by weight, and fused matrices replace what they are made of. A second copy makes
     it 2; 1.2 to 1.5 is what was seen, as pages of the mapped file come and go.
     """
     config = LlamaConfig(vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6,
