@@ -266,9 +266,10 @@ def interval(values: list[float]) -> float:
 
 
 def summary(values: list[float]) -> str:
-    """The mean, its interval, and each seed."""
+    """The mean, its interval if there are three seeds or more, and each seed."""
     each = " ".join(f"{value:.3f}" for value in values)
-    return each if len(values) < 2 else f"{np.mean(values):.3f} ± {interval(values):.3f} ({each})"
+    spread = f" ± {interval(values):.3f}" if len(values) > 2 else ""
+    return f"{np.mean(values):.3f}{spread} ({each})"
 
 
 def print_tables(results: dict) -> None:
