@@ -48,7 +48,7 @@ import numpy as np
 from scipy import stats
 
 import toy
-from arena import Matchup, alternate, attacks_of, open_eval_model
+from arena import EvalModel, Matchup, alternate, attacks_of, open_eval_model
 from eval import diversity, logged_games
 from sample import stream
 
@@ -74,11 +74,11 @@ def legal_attacks(run: Path) -> list[Attack]:
     return [(game["attack"], game["harmful"]) for game in games if game["legal"]]
 
 
-def attacks_of_start(start: Path, n: int, seed: int) -> list[Attack]:
+def attacks_of_start(start: EvalModel, n: int, seed: int) -> list[Attack]:
     """What the start writes on n training seeds, but for attacks that are illegal or about held-out pairs."""
     matchup = Matchup("training", alternate(toy.seeds(), n), toy.judge, "zero_sum", 64)
     attacks = []
-    for s, reply in zip(matchup.seeds, attacks_of(open_eval_model(str(start)), matchup, seed), strict=True):
+    for s, reply in zip(matchup.seeds, attacks_of(start, matchup, seed), strict=True):
         request = toy.parse(reply.answer)
         if request and request.harmful == s.harmful and request.pair not in toy.HELD_OUT:
             attacks.append((request.text, s.harmful))
@@ -117,9 +117,10 @@ def pool(arm: str, out: Path, seed: int, seeds: list[int]) -> list[Attack]:
     if arm == "uniform":
         return equally_many(uniform_attacks(2 * n, seed), live)
     wanted = list(dict.fromkeys(live)) if arm == "distinct" else live
+    start = open_eval_model(str(out / f"live-{seed}" / "step_000000"))
     attacks = []
     for batch in range(MOST_BATCHES):
-        attacks += attacks_of_start(out / f"live-{seed}" / "step_000000", n, 1000 * seed + batch)
+        attacks += attacks_of_start(start, n, 1000 * seed + batch)
         attacks = list(dict.fromkeys(attacks)) if arm == "distinct" else attacks
         if len(equally_many(attacks, wanted)) == len(wanted):
             break
@@ -185,12 +186,6 @@ def run_all(args: Namespace) -> None:
 
 # ---------------------------------------------------------------- numbers
 
-def entropy(texts: list[str]) -> float:
-    """Of the empirical distribution, in nats; at most the logarithm of the number of texts."""
-    share_N = np.array(list(Counter(texts).values())) / len(texts)
-    return float(-(share_N * np.log(share_N)).sum())
-
-
 def diversity_of(run: Path, n: int, n_step: int, embedder: str) -> dict[str, float]:
     """
     How different the first n legal attacks of a run are, and those of a step: the first n_step of each step
@@ -206,6 +201,10 @@ def diversity_of(run: Path, n: int, n_step: int, embedder: str) -> dict[str, flo
     won = Counter(row["step"] for row in rows if row["attack"] and row["verdict"]["response_harmful"])
     peak = max(steps, key=lambda step: won[step])
     texts = sum(by_step.values(), [])[:n]
+    def entropy(some: list[str]) -> float:
+        """Of their frequencies, in nats."""
+        return float(stats.entropy(list(Counter(some).values())))
+
     late = diversity(logged_games(f"{run}/games.jsonl")[:192], embedder)
     return {"distinct": len(set(texts)), "entropy": entropy(texts),
             "distinct_step": float(np.mean([len(set(texts)) for texts in steps.values()])),

@@ -130,11 +130,6 @@ def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
     assert found == pytest.approx(expected)
 
 
-def test_the_entropy_of_attacks_by_hand():
-    assert arms.entropy(["a", "a", "b", "b"]) == pytest.approx(np.log(2))
-    assert arms.entropy(["a"] * 3) == 0
-
-
 def test_the_diversity_of_a_runs_attacks_by_hand(tmp_path):
     """Two steps: four attacks of which two are the same and won, then four different ones that lost."""
     texts = [["king", "king", "bank", "rat"], ["log", "wire", "king", "nail"]]

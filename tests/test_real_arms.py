@@ -12,6 +12,7 @@ import real_arms
 import train
 from conftest import byte_tokenizer
 from model import new_model, save
+from real_arms import rows_of
 from selfplay import REWARDS
 
 N = 6   # prompts of each file
@@ -32,10 +33,6 @@ class InTurn:
     def submit(self, function, *args):
         result = function(*args)
         return SimpleNamespace(result=lambda: result)
-
-
-def rows_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
