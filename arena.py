@@ -107,16 +107,18 @@ def entropy(labels: list) -> dict:
         return -share @ np.log(share)
     return bootstrap(measure, len(labels))
 
-def kappa(answers: Sequence[float], others: Sequence[float]) -> dict:
+def kappa(answers: Sequence[float], others: Sequence[float], samples: int = 1) -> dict:
     """Agreement of 1, 0 or NaN beyond chance (Cohen, Educ. Psychol. Meas. 1960); none if all are the same."""
     pair_2N = np.array([answers, others])
-    pair_2N = pair_2N[:, ~np.isnan(pair_2N).any(0)]
+    is_read_N = ~np.isnan(pair_2N).any(0)
+    prompts, prompt_N = np.unique(is_read_N.nonzero()[0] // samples, return_inverse=True)
+    pair_2N = pair_2N[:, is_read_N]
 
-    def measure(weight_N: np.ndarray) -> float:
-        agreed, a, b = np.average([pair_2N[0] == pair_2N[1], *pair_2N], 1, weight_N)
+    def measure(weight_P: np.ndarray) -> float:   # P prompts are drawn, each with all its samples
+        agreed, a, b = np.average([pair_2N[0] == pair_2N[1], *pair_2N], 1, weight_P[prompt_N])
         chance = a * b + (1 - a) * (1 - b)
         return (agreed - chance) / max(1 - chance, 1e-9)
-    return bootstrap(measure, len(pair_2N[0]) * (len(np.unique(pair_2N)) > 1))
+    return bootstrap(measure, len(prompts) * (len(np.unique(pair_2N)) > 1))
 
 def rogan_gladen(result: dict, counts: list) -> dict:
     """
@@ -324,8 +326,7 @@ def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
     """
     payoff_of = (payoff_AD, -payoff_AD.T)   # each side's own choices are rows
     regrets = [np.full(n, 1 / n) for n in payoff_AD.shape]
-    mixtures = list(regrets)
-    totals = list(regrets)
+    mixtures, totals = list(regrets), list(regrets)
     for t in range(1, rounds + 1):
         for side in (0, 1):
             gain_N = payoff_of[side] @ mixtures[1 - side]
@@ -343,13 +344,12 @@ def crossplay(args: Namespace) -> dict:
     matchup = matchups(args.models[0], args.n, args.prompts)[0]
     names = [str(newest_step(name)) for name in args.models]  # a run may go on, and be an opponent later
     cells = cross({name: partial(open_eval_model, name) for name in names}, matchup)
-    attackers = {name: name for name in names}
     titles = {"asr": "attack success (down)", "payoff": f"attacker earns, {matchup.reward} table"}
     for key, title in titles.items():
         title = f"{title}; {matchup.name} requests, n = {args.n}"
         columns = {defender: {name: cell[key] for name, cell in column.items()}
                    for defender, column in cells.items()}
-        print(markdown(title, columns, attackers))
+        print(markdown(title, columns, dict(zip(names, names))))
     # As if defenders minimised what attackers earn: in a general-sum table they do not quite.
     game = equilibrium(matrix(cells, "payoff"))
     print(f"equilibrium: the attacker earns {game['value']:.3f}, gap {game['gap']:.1e}; weights in order:")

@@ -165,7 +165,7 @@ def compared(lines: list, start: list, name: str, args: Namespace, validation: d
         if len(args.models) > 1:
             result[f"{key}_difference"] = difference(*(signal(side, key, args.samples) for side in sides))
         if name != args.judge[0]:
-            result[f"{key}_kappa"] = kappa(signal(lines, key), signal(sides[0], key))
+            result[f"{key}_kappa"] = kappa(signal(lines, key), signal(sides[0], key), args.samples)
     return result
 
 def main_bench(args: Namespace) -> None:
@@ -446,8 +446,8 @@ GAMES_PAGE = Path(__file__).with_name("results") / "games.html"   # has DATA in 
 
 def main_games(args: Namespace) -> None:
     """One HTML file that holds all games of a run, and needs no network: to filter, to search, to read."""
-    name = args.models[0]
-    if args.models[1:]:
+    name, *others = args.models
+    if others:
         stop("games: a page is of one run; call it once for each.")
     games = [game for _, game in read_games(name)]
     out = Path(args.out or f"{name.removesuffix('/games.jsonl')}/games.html")

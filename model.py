@@ -380,7 +380,7 @@ def run_config(name: str) -> dict:
 def weight_files(folder: Path) -> list[Path]:
     """A checkpoint's weights, by its index: some folders hold a second copy. Adapters follow their base."""
     if adapters := sorted(folder.glob(ADAPTER_FILES)):
-        return weight_files(folder.parent / "step_000000") + adapters
+        return weight_files(find_checkpoint(str(folder.parent / "step_000000"))) + adapters
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted({folder / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})

@@ -411,7 +411,7 @@ def spoil_missing(file):
 DAMAGE = {"another rank": (spoil_json, "differ in shape"), "NaN": (spoil_nan, "NaN"),
           "a matrix is missing": (spoil_missing, "lack 1"),
           "cut short": (lambda file: file.write_bytes(file.read_bytes()[:99]), "cannot be read"),
-          "no base": (lambda file: shutil.rmtree(file.parents[2] / "step_000000"), "lack")}
+          "no base": (lambda file: shutil.rmtree(file.parents[2] / "step_000000"), "step_000000: no such")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -103,6 +103,28 @@ def test_kappa_is_the_agreement_beyond_chance_counted_by_hand():
     measured("of equal judges", abs(kappa([1, 0, 1, 0], [1, 0, 1, 0])["value"] - 1), 1e-12)
 
 
+def test_kappa_of_several_samples_is_as_uncertain_as_that_of_its_prompts():
+    """Three samples of a prompt agree, so 60 answers are 20 draws: the interval is as wide as that of 20."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(2, size=(20, 2)).astype(float)
+    answers, others = np.repeat(pairs, 3, axis=0).T
+    ours = kappa(answers, others, samples=3)
+    of_prompts = kappa(*pairs.T)
+    assert ours["n"] == 20
+    measured("ends, of 3 equal samples against 1", max(abs(ours[end] - of_prompts[end])
+                                                        for end in ("value", "low", "high")), 1e-12)
+    as_if_apart = kappa(answers, others)
+    assert as_if_apart["high"] - as_if_apart["low"] < 0.8 * (ours["high"] - ours["low"])
+
+
+def test_kappa_counts_the_read_samples_of_a_prompt():
+    """Of a prompt's two samples one was read: a prompt without any is not drawn."""
+    answers, others = [1, math.nan, 0, 0, math.nan, math.nan], [1, 1, 0, 1, 1, 0]
+    result = kappa(answers, others, samples=2)
+    assert result["n"] == 2
+    assert result["value"] == pytest.approx(kappa([1, 0, 0], [1, 0, 1])["value"])
+
+
 @pytest.mark.parametrize("answers, others", [([1, 1], [1, 1]), ([math.nan], [1]), ([], [])])
 def test_there_is_no_kappa_where_all_answers_are_the_same_or_none(answers, others):
     assert kappa(answers, others)["value"] is None
