@@ -2,7 +2,7 @@
 Does live play train a better defender than recorded attacks? All arms, with equal turns and updates.
 
     python tests/arms.py --out runs/arms --jobs 2           # hours; --arms and --seeds for some of them
-    python tests/arms.py --out runs/knob --climbs 0.3 --arms live distinct      # another start
+    python tests/arms.py --out runs/knob --climbs 0.04 0.08 0.15 0.3 --arms live start distinct
 
 Each arm is a run of train.py from the same start, with as many steps and games. A defender's token weighs the
 same in all of them (--balance). Variants of self-play:
@@ -29,6 +29,8 @@ And one side alone:
 
 The errors are those of eval.py ladder: on held-out pairs, in requests that no attacker wrote. A finished run
 is not repeated. The tables are printed, the numbers go to arms.json, the figure to arms.png in the folder.
+With several values of --climbs, how often the start's attacker climbs, each has a folder of its own, and
+knob.png and knob.json show the error of every arm by it.
 """
 import json
 import os
@@ -259,6 +261,11 @@ def measure(out: Path, arm: str, seed: int) -> dict:
     return attack_counts(attacks) | errors | {"race": race(run)}
 
 
+def errors_of(by_seed: dict) -> list[float]:
+    """The balanced errors of an arm, greedy, by seed."""
+    return [result["greedy"]["balanced"]["value"] for result in by_seed.values()]
+
+
 def interval(values: list[float]) -> float:
     """Half of the 95 % interval of a mean over seeds (Student's t)."""
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
@@ -296,7 +303,7 @@ def draw(results: dict, file: Path) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(results) + 1))
     for row, (arm, by_seed) in enumerate(results.items()):
-        values = [result["greedy"]["balanced"]["value"] for result in by_seed.values()]
+        values = errors_of(by_seed)
         axes.plot(values, [row] * len(values), "o", alpha=0.5, color="C0" if arm in FLAGS else "C1")
         if len(values) > 2:
             axes.errorbar(np.mean(values), row, xerr=interval(values), fmt="k|", capsize=3)
@@ -309,17 +316,32 @@ def draw(results: dict, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main() -> None:
-    cli = ArgumentParser(description=__doc__.split("\n\n")[0])
-    cli.add_argument("--out", type=Path, required=True, help="folder of the runs, of arms.json and arms.png")
-    cli.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
-    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live")
-    cli.add_argument("--climbs", type=float, default=toy.CLIMBS, help="how often the start's attacker climbs")
-    cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")
-    cli.add_argument("--embedder", default="", help="folder of a Sentence-BERT model, for cosines")
-    cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
-    args = cli.parse_args()
-    args.flags = args.flags.split()
+def draw_knob(results: dict, file: Path) -> None:
+    """Balanced error by how often the start climbs: a line through an arm's means, a dot for a seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    arms = next(iter(results.values()))
+    for number, arm in enumerate(arms):
+        by_climbs = {climbs: errors_of(found[arm]) for climbs, found in results.items()}
+        for climbs, errors in by_climbs.items():
+            axes.plot([climbs] * len(errors), errors, "o", alpha=0.4, color=f"C{number}")
+        means = [np.mean(errors) for errors in by_climbs.values()]
+        axes.plot(list(by_climbs), means, color=f"C{number}", label=arm)
+    axes.set_xscale("log")
+    axes.set_xticks(list(results), list(results), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="how often the start's attacker goes two deeper", ylabel="balanced error, greedy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def compare(args: Namespace) -> dict:
+    """All that is asked of one start: runs, tables, figure, numbers."""
     args.out.mkdir(parents=True, exist_ok=True)
     run_all(args)
     results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds}
@@ -328,6 +350,38 @@ def main() -> None:
     draw(results, args.out / "arms.png")
     extra = {"diversity": diversities(args)} if {"live", "attacker"} <= set(args.arms) else {}
     (args.out / "arms.json").write_text(json.dumps(results | extra, indent=1))
+    return results
+
+
+def sweep(args: Namespace) -> None:
+    """The same for every value of --climbs, and the figure that has them all."""
+    results = {}
+    for climbs in args.climbs:
+        print(f"climbs {climbs}", flush=True)
+        results[climbs] = compare(Namespace(**vars(args) | {"out": args.out / str(climbs), "climbs": climbs}))
+    draw_knob(results, args.out / "knob.png")
+    errors = {climbs: {arm: errors_of(by_seed) for arm, by_seed in found.items()}
+              for climbs, found in results.items()}
+    (args.out / "knob.json").write_text(json.dumps({"seeds": args.seeds, "balanced error": errors}, indent=1))
+
+
+def main() -> None:
+    cli = ArgumentParser(description=__doc__.split("\n\n")[0])
+    cli.add_argument("--out", type=Path, required=True, help="folder of the runs, of arms.json and arms.png")
+    cli.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live")
+    cli.add_argument("--climbs", type=float, nargs="+", default=[toy.CLIMBS],
+                     help="how often the start's attacker climbs")
+    cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")
+    cli.add_argument("--embedder", default="", help="folder of a Sentence-BERT model, for cosines")
+    cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
+    args = cli.parse_args()
+    args.flags = args.flags.split()
+    if len(args.climbs) > 1:
+        sweep(args)
+    else:
+        args.climbs = args.climbs[0]
+        compare(args)
 
 
 if __name__ == "__main__":

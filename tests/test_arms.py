@@ -130,6 +130,26 @@ def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
     assert found == pytest.approx(expected)
 
 
+def test_a_sweep_has_the_errors_of_every_start_and_repeats_no_finished_run(tmp_path, monkeypatch, capsys):
+    for climbs in ("0.1", "0.3"):
+        for seed in (4, 5):
+            run = tmp_path / climbs / f"defender-{seed}"
+            run.mkdir(parents=True)
+            number = {"value": float(climbs) + seed}
+            shown = dict.fromkeys(arms.SHOWN, number)
+            (run / "ladder.json").write_text(json.dumps({"greedy": {"a": shown}, "sampled": {"a": shown}}))
+            (run / "games.jsonl").write_text("")
+            step = json.dumps({"asr": 0.5, "depth": 1.0, "seconds": 1.0})
+            (run / "metrics.jsonl").write_text(f"{step}\n" * 5)
+    words = f"arms.py --out {tmp_path} --climbs 0.1 0.3 --seeds 4 5 --arms defender"
+    monkeypatch.setattr(arms.sys, "argv", words.split())
+    arms.main()
+    found = json.loads((tmp_path / "knob.json").read_text())["balanced error"]
+    assert found == {"0.1": {"defender": [4.1, 5.1]}, "0.3": {"defender": [4.3, 5.3]}}
+    assert (tmp_path / "knob.png").stat().st_size > 1000 and (tmp_path / "0.3" / "arms.json").exists()
+    assert "climbs 0.3" in capsys.readouterr().out
+
+
 def test_the_diversity_of_a_runs_attacks_by_hand(tmp_path):
     """Two steps: four attacks of which two are the same and won, then four different ones that lost."""
     texts = [["king", "king", "bank", "rat"], ["log", "wire", "king", "nail"]]
