@@ -42,7 +42,7 @@ class Benchmark(NamedTuple):
     texts: str                      # the first that is not empty is the prompt: an attack before its request
     labels: str = "harmful label data_type prompt_harm_label"   # the first that is not empty is the label
     default: bool | None = None     # the label where no column gives one
-    may_lack: bool = False          # rows without an attack or a label are no mistake, and are left out
+    may_lack: bool = False          # rows without a legal attack or a label are no mistake, and left out
 
 ATTACKS = ("attack", "adversarial", "test_case")   # who wants the requests behind attacks leaves these out
 BENCHMARKS = (   # the first that fits a file; the last fits all
@@ -139,15 +139,15 @@ def text_of(row: dict, columns: list[str], where: str) -> str:
     stop(f"{where}: {json.dumps(value)[:60]} is no text, nor one message of a user, in the column "
          f"{' or '.join(columns)}; its columns are {', '.join(row)}. Mend the row or remove it.")
 
-def read_prompts(paths: list[str], attacks: bool = False) -> list[tuple[str, list, str]]:
+def read_prompts(paths: list[str], attacks: bool = False, repeats: bool = False) -> list[tuple]:
     """
     (benchmark, [(text, harmful) ..], summary) of each file; with `attacks`, of attacks before the requests
-    behind them. `harmful=FILE`, `benign=FILE` label rows that no column labels. No text here has both labels.
+    behind them; without `repeats`, each text once. `harmful=FILE`, `benign=FILE` label rows without a label.
     """
-    seen = {}   # text: its label, and where it stands
-    return [read_file(path, attacks, seen) for path in paths]
+    seen = {}   # text: its label, and where it stands; no text has both labels
+    return [read_file(path, attacks, repeats, seen) for path in paths]
 
-def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tuple[str, list, str]:
+def read_file(path: str, attacks: bool, repeats: bool, seen: dict) -> tuple[str, list, str]:
     """One file of read_prompts."""
     flag, file = path.split("=", 1) if path.startswith(("harmful=", "benign=")) else ("", path)
     rows = read_rows(file)
@@ -158,10 +158,10 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
     texts = [name for name in benchmark.texts.split() if attacks or name not in ATTACKS]
     if not texts:
         stop(f"{file}: holds attacks, and not the requests behind them; give it with --attacks.")
-    prompts = {}
+    prompts = []
     for where, row in rows:
         label = label_of(row, benchmark.labels, where, default)
-        lacks = benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None)
+        lacks = benchmark.may_lack and (label is None or attacks and not row.get("legal", True))
         if lacks or row.get("recorded") is True:   # a seed that was itself an attack is no request
             continue
         if flag and label != default:
@@ -174,12 +174,13 @@ def read_file(path: str, attacks: bool, seen: dict[str, tuple[bool, str]]) -> tu
             text = f"{text_of(row, ['ContextString'], where)}\n\n---\n\n{text}"
         if seen.setdefault(text, (label, where))[0] != label:
             stop(f"{where}: has the text of {seen[text][1]} and the other label; remove one of the two.")
-        prompts[text] = label
+        prompts.append((text, label))
     if not prompts:
         stop(f"{file}: holds no prompts; give a file with at least one.")
-    return benchmark.name, list(prompts.items()), (
-        f"{file}, {benchmark.name}: {len(prompts)} prompts, {sum(prompts.values())} of them harmful, "
-        f"in {len(rows)} rows [{zlib.crc32(repr(prompts).encode()):08x}]")   # tells an edited file
+    prompts = prompts if repeats else list(dict.fromkeys(prompts))
+    return benchmark.name, prompts, (
+        f"{file}, {benchmark.name}: {len(prompts)} prompts, {sum(label for _, label in prompts)} of them "
+        f"harmful, in {len(rows)} rows [{zlib.crc32(repr(prompts).encode()):08x}]")   # tells an edited file
 
 # ---------------------------------------------------------------- lists become a batch
 def pack(prompts: list[list[int]], replies: list[list[int]], per_token: Sequence[list] = (),

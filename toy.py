@@ -210,7 +210,7 @@ def seeds(held_out: bool = False) -> list[tuple[str, bool]]:
 def read_seeds(files: list[str], attacks: str, play: str, opponent: str) -> tuple[list, list[str]]:
     """Pools of seeds, and a line on every file. No file: this world's. No attacker: no seed is revised."""
     seed_files = read_prompts(files)
-    attack_files = read_prompts([attacks] if attacks else [], attacks=True)
+    attack_files = read_prompts([attacks] if attacks else [], attacks=True, repeats=True)
     labelled = [row for _, rows, _ in seed_files for row in rows] or seeds()
     recorded = [row for _, rows, _ in attack_files for row in rows]
     if len({label for _, label in labelled}) < 2:

@@ -75,7 +75,7 @@ class Config:
     reward: str = ours("zero_sum", "payoff table in selfplay.py", REWARDS)
     credit: str = ours("centred", "what becomes of returns; the official run: reinforce++", CREDITS)
     balance: bool = ours(False, "let both roles weigh the same in the loss, however long they talk")
-    replay: float = ours(0.0, "share of raw games that ask a past attack of this run, if it has any")
+    replay: float = ours(0.0, "share of raw games that ask an attack of this run's past, or of --attacks")
     replay_won: bool = ours(False, "with --replay: only attacks that won, as often as they did")
     cot: bool = paper(True, "think in private before writing")
     sft: str = paper("", "a JSONL file of prompt/response pairs for a supervised term")
@@ -585,7 +585,7 @@ def main(argv: list[str] | None = None) -> None:
     pools, summaries = toy.read_seeds(cfg.seeds, cfg.attacks, cfg.play, cfg.opponent)
     ranks = setup(cfg)
     out = Path(cfg.out)
-    newest = gather_list([checkpoint.newest_complete(out) if cfg.resume else None], ranks)[0]
+    newest = gather_list([cfg.resume and checkpoint.newest_complete(out)], ranks)[0]
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
     chat = toy.open_chat(origin, cfg.cot)
@@ -609,11 +609,11 @@ def main(argv: list[str] | None = None) -> None:
     reference = policy if cfg.adapter_rank else open_sharded(start, ranks.compute, ranks)
     policy.recompute = cfg.recompute
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    problem = checkpoint.load_optimizer(newest, policy, optimizer) if first else ""
-    if problem:
+    if first and (problem := checkpoint.load_optimizer(newest, policy, optimizer)):
         stop_all(ranks, f"{newest}: its optimizer state cannot be read ({problem}); remove the folder.")
     logged = read_rows(f"{out}/games.jsonl") if first else []
-    past_attacks = checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
+    past_attacks = [seed for pool in pools for seed in pool if seed.recorded]
+    past_attacks += checkpoint.past_attacks([row for _, row in logged], cfg.replay_won)
     show = open_live_log(cfg, first) if cfg.log != "json" and ranks.rank == 0 else None
     skipped, dead = 0, not first  # updates in a row; whether nothing has happened in any game
 

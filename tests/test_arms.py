@@ -95,13 +95,26 @@ def test_a_defender_answers_as_often_in_every_arm(out, arm):
 
 
 @pytest.mark.parametrize("arm", arms.POOLS)
-def test_half_of_a_pools_games_ask_attacks_of_its_file(out, arm):
-    pool = {text for text, _ in recorded(out, arm, 0)}
-    asked = [game["seed"] for game in games_of(out.out / f"{arm}-0")]
-    raw = {text for text, _ in toy.seeds()}
-    share = sum(text in pool and text not in raw for text in asked) / len(asked)
-    print(arm, f"share of recorded attacks: {share:.2f}")
-    assert 0.35 < share <= 0.76
+def test_a_pools_defender_meets_as_many_attacks_as_that_of_self_play(out, arm):
+    """Half of all games ask recorded attacks, and half of the others do so, too: there live play replays."""
+    pool = set(recorded(out, arm, 0))
+    games = games_of(out.out / f"{arm}-0")
+    asked = [(game["seed"], game["harmful"]) for game in games if game["recorded"]]
+    live = games_of(out.out / "live-0")
+    of_live = sum(bool(game["recorded"] or game["attack"]) for game in live if game["step"] > 1)
+    shares = len(asked) / len(games), of_live * STEPS / (STEPS - 1) / len(live)
+    print(arm, "share of attacks, of the pool's and the live defender's games: {:.2f} {:.2f}".format(*shares))
+    assert set(asked) <= pool
+    assert abs(shares[0] - 0.75) < 4 * (0.25 / 2 / len(games)) ** 0.5   # half of the games draw: p = 0.5
+    assert abs(shares[1] - shares[0]) < 0.15
+
+
+@pytest.mark.parametrize("arm", arms.POOLS)
+def test_an_attack_is_asked_as_often_as_it_stands_in_the_file(out, arm):
+    rows = recorded(out, arm, 1)
+    pools, _ = toy.read_seeds([], str(out.out / f"{arm}-1.jsonl"), "defender", "")
+    read = [(seed.text, seed.harmful) for pool in pools for seed in pool if seed.recorded]
+    assert Counter(read) == Counter(rows)
 
 
 def test_all_arms_of_a_seed_start_from_the_live_runs_start(out):

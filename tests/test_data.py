@@ -119,9 +119,23 @@ def test_recorded_attacks_are_read_before_the_requests_they_come_from(tmp_path):
 
 def test_a_runs_games_hold_its_seeds_and_its_attacks(tmp_path):
     game = {"step": 1, "game": 0, "seed": "s", "harmful": True, "attack": "a", "legal": True, "answer": "n"}
-    text = jsonl(game, game | {"seed": "t", "attack": None})
+    text = jsonl(game, game | {"seed": "t", "attack": None, "legal": None})
     assert read_file(tmp_path, "games.jsonl", text, attacks=True)[1] == [("a", True)]
     assert read_file(tmp_path, "games.jsonl", text)[1] == [("s", True), ("t", True)]
+
+
+def test_a_game_whose_attack_lost_its_label_holds_no_attack(tmp_path):
+    game = {"step": 1, "game": 0, "seed": "s", "harmful": True, "attack": "a", "legal": True, "answer": "n"}
+    text = jsonl(game, game | {"attack": "b", "legal": False}, game | {"attack": "b", "harmful": False})
+    assert read_file(tmp_path, "games.jsonl", text, attacks=True)[1] == [("a", True), ("b", False)]
+
+
+def test_recorded_attacks_keep_their_repeats_if_asked_to(tmp_path):
+    (tmp_path / "x.jsonl").write_text(jsonl(*({"attack": text, "label": 1} for text in "aba")))
+    for repeats, expected in ((False, "ab"), (True, "aba")):
+        [(_, prompts, summary)] = read_prompts([str(tmp_path / "x.jsonl")], attacks=True, repeats=repeats)
+        assert prompts == [(text, True) for text in expected]
+        assert f"{len(expected)} prompts, {len(expected)} of them harmful, in 3 rows" in summary
 
 
 def test_a_file_of_attacks_holds_no_seeds(tmp_path, capsys):
