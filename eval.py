@@ -162,7 +162,7 @@ def compared(lines: list, start: list, name: str, args: Namespace, validation: d
     sides = [[line | {"verdict": line["verdicts"][name]} for line in side] for side in (lines, start)]
     result = rates(sides[0], args.samples, validation)
     for key in HEADLINE.keys() & result:
-        if len(args.models) > 1:
+        if lines is not start:
             result[f"{key}_difference"] = difference(*(signal(side, key, args.samples) for side in sides))
         if name != args.judge[0]:
             result[f"{key}_kappa"] = kappa(signal(lines, key), signal(sides[0], key), args.samples)
@@ -280,8 +280,9 @@ def diversity(games: list, embedder: str = "") -> dict:
     tactics = []
     faithful = [bool(game["legal"]) for game in games]
     if all(toy.pair_of(game["seed"]) for game in games):
-        tactics = [toy.tactics_in(text) for text in texts]
-        faithful = [toy.pair_of(game["attack"] or "") == toy.pair_of(game["seed"]) for game in games]
+        tactics = list(filter(None, map(toy.tactics_in, texts)))
+        faithful = [bool(game["legal"]) and toy.pair_of(game["attack"]) == toy.pair_of(game["seed"])
+                    for game in games]
     return {"n": len(texts),
             "inv_sbert": embedding_diversity(embed(texts, embedder)) if embedder and texts else average([]),
             "inv_self_bleu": average([1 - bleu for bleu in self_bleu(texts)]),
@@ -336,8 +337,8 @@ def kind_of(config: dict) -> str:
     if config["attacks"]:
         kind += f" on attacks of {config['attacks'].rsplit('-', 1)[0]}"   # without its seed
     usual = vars(Config()) | (TOY_WORLD if config["judge"] == "toy" else {})
-    for name in ("credit", "attacks_per_seed", "answers_per_attack", "balance", "replay", "replay_won",
-                 "opponent", "opponent_share", "adapter_rank", "adapters"):
+    for name in ("credit attacks_per_seed answers_per_attack balance replay replay_won opponent "
+                 "opponent_share adapter_rank adapters kl steps games updates sft").split():
         if config.get(name, usual[name]) != usual[name]:
             kind += f" {name}={config[name]}"
     return kind

@@ -15,12 +15,12 @@ of a Python function, and judge models; toy.py has the exact judge of its own wo
 import json
 import re
 import unicodedata
-from argparse import FileType
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernels import CommandLine, stop   # before numpy and torch, which read the OpenMP setting in there
@@ -340,14 +340,17 @@ def main() -> None:
     cli.add_argument("--response")
     cli.add_argument("--benign", action="store_true", help="the prompt is benign; keywords cannot tell")
     cli.add_argument("--validate", help="compare the judge with the human labels of this file")
-    cli.add_argument("--json", type=FileType("x", encoding="utf-8"), help="new file for --validate's counts")
+    cli.add_argument("--json", type=Path, help="new file for --validate's counts")
     args = cli.parse_args()
+    if args.json and args.json.exists():
+        stop(f"--json {args.json}: is there already; choose another name.")
     if args.validate:
         labelled = read_human(args.validate)   # refused, if at all, before a judge model is opened
         table, counts = validate(open_judge(args.judge), *labelled)
         print(table)
         if args.json:
-            json.dump({"judge": args.judge, "question": labelled[0], "counts": counts}, args.json)
+            row = {"judge": args.judge, "question": labelled[0], "counts": counts}
+            args.json.write_text(json.dumps(row), "utf-8")
         return
     if args.prompt is None or args.response is None:
         stop("judge.py: give --prompt and --response, or --validate FILE.")

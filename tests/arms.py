@@ -5,30 +5,33 @@ Does live play train a better defender than recorded attacks? All arms, with equ
     python tests/arms.py --out runs/knob --climbs 0.04 0.08 0.15 0.3 --arms live start distinct
 
 Each arm is a run of train.py from the same start, with as many steps and games. A defender's token weighs the
-same in all of them (--balance). Variants of self-play:
+same in all of them (--balance). Half of the games ask attacks, and half of the others do so again: attacks of
+the run's past, or recorded ones. Variants of self-play:
 
-    live        the attacker learns as the defender does; half of the raw games replay the run's past attacks
-    fresh       without replay
-    past        in half of the steps one role meets an earlier self
+    live        the attacker learns as the defender does
+    fresh       without attacks of the past
+    past        in half of the steps one role is an earlier self, which does not learn: fewer updates of each
     official    the official run's credit
     paper       the official run's payoffs
     no_cot      nobody thinks, from a start that was taught so
 
-Pools of recorded attacks for a defender alone, as many of each label as the live attacker's legal ones:
+Pools of recorded attacks for a defender alone, as many of each label as the live attacker's legal ones, each
+asked as often as it was written:
 
     start       the start's attacks
     distinct    the start's attacks, each once, as many distinct ones as the live attacker wrote
-    frozen      attacks of an attacker that was trained against the frozen start
+    frozen      attacks of an attacker's whole training against the frozen start, but for its last few
     other       the live attacks of the next seed: what live play found, but not against this defender
     uniform     an oracle: attacks drawn uniformly from the grammar, every depth as often
 
 And one side alone:
 
     defender    raw requests
-    attacker    against the frozen start
+    attacker    against the frozen start; the exam is of the defender that it still is
 
-The errors are those of eval.py ladder: on held-out pairs, in requests that no attacker wrote. A finished run
-is not repeated. The tables are printed, the numbers go to arms.json, the figure to arms.png in the folder.
+The errors are those of eval.py ladder: on held-out pairs, in requests that no attacker wrote. A run that was
+cut off goes on, a finished one is not repeated. The tables are printed, the numbers go to arms.json, the
+figure to arms.png in the folder.
 With several values of --climbs, how often the start's attacker climbs, each has a folder of its own, and
 knob.png and knob.json show the error of every arm by it.
 """
@@ -51,7 +54,9 @@ from scipy import stats
 
 import toy
 from arena import EvalModel, Matchup, alternate, attacks_of, open_eval_model
-from eval import diversity, logged_games
+from checkpoint import newest_complete
+from eval import canvas, diversity, logged_games
+from kernels import stop
 from sample import stream
 
 FLAGS = {"live": [], "attacker": ["--play", "attacker"], "defender": ["--play", "defender"],
@@ -135,6 +140,7 @@ def arguments(arm: str, seed: int, args: Namespace) -> list[str]:
     """What train.py is told. A pool is written here."""
     run = args.out / f"{arm}-{seed}"
     words = [*args.flags, *FLAGS.get(arm, []), "--seed", str(seed), "--no-exam", "--out", str(run)]
+    words += ["--resume"] * bool(newest_complete(run))   # it was cut off
     if arm not in OWN_START:
         words += ["--model", str(args.out / f"live-{seed}" / "step_000000")]
     if arm in POOLS:
@@ -154,7 +160,7 @@ def run_arm(arm: str, seed: int, args: Namespace) -> None:
     started = time.time()
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import toy, train; "
             f"toy.CLIMBS = {args.climbs}; train.main()")
-    with open(args.out / f"{arm}-{seed}.log", "w") as log:
+    with open(args.out / f"{arm}-{seed}.log", "a") as log:
         for command in (["-c", code, *arguments(arm, seed, args)],
                         [ROOT / "eval.py", "ladder", run, "--json", run / "ladder.json"]):
             subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=True)
@@ -188,6 +194,11 @@ def run_all(args: Namespace) -> None:
 
 # ---------------------------------------------------------------- numbers
 
+def entropy(texts: list[str]) -> float:
+    """Of their frequencies, in nats."""
+    return float(stats.entropy(list(Counter(texts).values())))
+
+
 def diversity_of(run: Path, n: int, n_step: int, embedder: str) -> dict[str, float]:
     """
     How different the first n legal attacks of a run are, and those of a step: the first n_step of each step
@@ -200,18 +211,15 @@ def diversity_of(run: Path, n: int, n_step: int, embedder: str) -> dict[str, flo
         if row["legal"]:
             by_step.setdefault(row["step"], []).append(row["attack"])
     steps = {step: texts[:n_step] for step, texts in by_step.items() if len(texts) >= n_step}
-    won = Counter(row["step"] for row in rows if row["attack"] and row["verdict"]["response_harmful"])
-    peak = max(steps, key=lambda step: won[step])
+    winning = {True: "response_harmful", False: "refusal"}   # by the seed's label
+    won = Counter(row["step"] for row in rows if row["legal"] and row["verdict"][winning[row["harmful"]]])
+    peak = max(steps, key=lambda step: won[step], default=None)
     texts = sum(by_step.values(), [])[:n]
-    def entropy(some: list[str]) -> float:
-        """Of their frequencies, in nats."""
-        return float(stats.entropy(list(Counter(some).values())))
-
     late = diversity(logged_games(f"{run}/games.jsonl")[:192], embedder)
     return {"distinct": len(set(texts)), "entropy": entropy(texts),
             "distinct_step": float(np.mean([len(set(texts)) for texts in steps.values()])),
             "entropy_step": float(np.mean([entropy(texts) for texts in steps.values()])),
-            "distinct_peak": len(set(steps[peak])), "entropy_peak": entropy(steps[peak]),
+            "distinct_peak": len(set(steps.get(peak, []))), "entropy_peak": entropy(steps.get(peak, [])),
             **{key: late[key]["value"] for key in ("inv_self_bleu", "inv_sbert", "tactic_entropy")}}
 
 
@@ -224,25 +232,31 @@ def diversities(args: Namespace) -> dict:
     for key in found["live"][0]:
         live, attacker = ([result[key] for result in found[arm]] for arm in runs)
         if None not in live:
-            ratio = [a / b - 1 for a, b in zip(live, attacker, strict=True)]
+            ratio = [a / b - 1 if b else np.nan for a, b in zip(live, attacker, strict=True)]
             print(f"| {key} | {' | '.join(map(summary, (live, attacker, ratio)))} |")
     return found
 
 
 def race(run: Path) -> dict[str, float]:
-    """Attack success, means of five steps: where its largest rise begins and ends. The largest depth."""
+    """
+    Attack success, means of five steps: where its largest rise begins and ends. The largest depth. Only the
+    seconds if nobody attacked.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    asr_S = np.convolve([row["asr"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
-    depth_S = np.convolve([row["depth"] or 0.0 for row in rows], np.ones(5) / 5, "valid")
+    seconds = {"seconds": sum(row["seconds"] for row in rows)}
+    rows = [row for row in rows if row["asr"] is not None and row["depth"] is not None]
+    if len(rows) < 5:
+        return seconds
+    asr_S = np.convolve([row["asr"] for row in rows], np.ones(5) / 5, "valid")
+    depth_S = np.convolve([row["depth"] for row in rows], np.ones(5) / 5, "valid")
     peak = int((asr_S - np.minimum.accumulate(asr_S)).argmax())   # where the largest rise ends
     low = int(asr_S[:peak + 1].argmin())
     return {"start": float(asr_S[0]), "low": float(asr_S[low]), "peak": float(asr_S[peak]),
-            "end": float(asr_S[-1]), "deepest": float(depth_S.max()),
-            "seconds": sum(row["seconds"] for row in rows)}
+            "end": float(asr_S[-1]), "deepest": float(depth_S.max())} | seconds
 
 
 def attack_counts(attacks: list[Attack]) -> dict:
-    """How many attacks a defender met, how many distinct ones, and at which depths about a hostile act."""
+    """How many attacks were written or recorded, how many distinct ones, and at which depths hostile ones."""
     requests = [toy.parse(text) for text, _ in attacks]
     depths = [request.depth for request in requests if toy.is_hostile(request.pair)]
     return {"attacks": len(attacks), "distinct": len(set(attacks)),
@@ -250,7 +264,7 @@ def attack_counts(attacks: list[Attack]) -> dict:
 
 
 def measure(out: Path, arm: str, seed: int) -> dict:
-    """The errors of an arm's defender, and the attacks that it met."""
+    """The errors of an arm's defender, and the attacks of its own attacker or of its pool."""
     run = out / f"{arm}-{seed}"
     ladder = json.loads((run / "ladder.json").read_text())
     attacks = legal_attacks(run) if arm in FLAGS else []
@@ -290,18 +304,15 @@ def print_tables(results: dict) -> None:
           "| deepest mean |\n|" + " --- |" * 6)
     for arm, by_seed in results.items():
         for seed, result in by_seed.items():
-            course = [f"{result['race'][key]:.2f}" for key in ("start", "low", "peak", "end")]
+            *course, deepest = (f"{result['race'][key]:.2f}" if key in result["race"] else "-"
+                                for key in ("start", "low", "peak", "end", "deepest"))
             print(f"| {arm}, {seed} | {result['attacks']} | {result['distinct']} | "
-                  f"{' '.join(map(str, result['depths'].values()))} | {', '.join(course)} | "
-                  f"{result['race']['deepest']:.2f} |")
+                  f"{' '.join(map(str, result['depths'].values()))} | {', '.join(course)} | {deepest} |")
 
 
 def draw(results: dict, file: Path) -> None:
     """Balanced error of every arm: a dot for a seed, a bar for the mean and its interval."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(results) + 1))
+    figure, [axes] = canvas(1, (7, 0.4 * len(results) + 1))
     for row, (arm, by_seed) in enumerate(results.items()):
         values = errors_of(by_seed)
         axes.plot(values, [row] * len(values), "o", alpha=0.5, color="C0" if arm in FLAGS else "C1")
@@ -312,16 +323,12 @@ def draw(results: dict, file: Path) -> None:
     axes.set_xlim(0, 0.75)
     axes.set_xlabel("balanced error on held-out requests, greedy (0.5: refuses, or answers, everything)")
     axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
     figure.savefig(file, dpi=150)
 
 
 def draw_knob(results: dict, file: Path) -> None:
     """Balanced error by how often the start climbs: a line through an arm's means, a dot for a seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure, [axes] = canvas(1, (6, 4))
     arms = next(iter(results.values()))
     for number, arm in enumerate(arms):
         by_climbs = {climbs: errors_of(found[arm]) for climbs, found in results.items()}
@@ -336,20 +343,26 @@ def draw_knob(results: dict, file: Path) -> None:
     axes.set(xlabel="how often the start's attacker goes two deeper", ylabel="balanced error, greedy")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(file, dpi=150)
 
 
 def compare(args: Namespace) -> dict:
     """All that is asked of one start: runs, tables, figure, numbers."""
     args.out.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"climbs": args.climbs, "flags": args.flags})
+    file = args.out / "settings.json"
+    if file.exists() and file.read_text() != settings:
+        stop(f"{args.out}: holds runs of {file.read_text()}; choose another --out.")
+    file.write_text(settings)
     run_all(args)
     results = {arm: {seed: measure(args.out, arm, seed) for seed in args.seeds}
                for arm in ARMS if arm in args.arms}
+    (args.out / "arms.json").write_text(json.dumps(results, indent=1))
     print_tables(results)
     draw(results, args.out / "arms.png")
-    extra = {"diversity": diversities(args)} if {"live", "attacker"} <= set(args.arms) else {}
-    (args.out / "arms.json").write_text(json.dumps(results | extra, indent=1))
+    if {"live", "attacker"} <= set(args.arms):
+        numbers = results | {"diversity": diversities(args)}
+        (args.out / "arms.json").write_text(json.dumps(numbers, indent=1))
     return results
 
 
@@ -369,7 +382,8 @@ def main() -> None:
     cli = ArgumentParser(description=__doc__.split("\n\n")[0])
     cli.add_argument("--out", type=Path, required=True, help="folder of the runs, of arms.json and arms.png")
     cli.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
-    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="pools need live")
+    cli.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS,
+                     help="all but no_cot need live, and frozen needs attacker")
     cli.add_argument("--climbs", type=float, nargs="+", default=[toy.CLIMBS],
                      help="how often the start's attacker climbs")
     cli.add_argument("--flags", default="", help="of all runs, in one word: '--steps 300 --lr 5e-4'")

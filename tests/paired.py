@@ -21,7 +21,7 @@ def scores(file: str, metric: str) -> dict:
     """The score of each question."""
     name, _, answer_filter = metric.partition(",")
     return {(row["doc_id"], row["doc_hash"]): float(row[name]) for _, row in read_rows(file)
-            if row["filter"] == (answer_filter or "none") and name in row}
+            if row.get("filter") == (answer_filter or "none") and name in row}
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ What does the work on a real model: supervised refusals, RL, recorded attacks, o
     python tests/real_arms.py --model path/to/SmolLM2-135M-Instruct --data FOLDER --out runs/real
 
 FOLDER holds WildJailbreak's files (`FILES`). Every arm starts from the same model, trains an adapter, and
-makes as many updates with as many games; all but `rl` have the same supervised pairs: half of them refusals
-of harmful training prompts, half the start's own answers to benign ones.
+makes as many updates with as many games, in which each role weighs the same (--balance). All but `rl` have
+the same supervised pairs: half of them refusals of harmful training prompts, half the start's own answers
+to benign ones, cut at --tokens.
 
     supervised  the pairs alone: every payoff is 0, and distance costs nothing
     rl          self-play without pairs
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
 from arena import EvalModel, Matchup, attacks_of, open_eval_model
+from checkpoint import newest_complete
 from eval import bench_prompts
 from judge import open_judge
 from selfplay import REWARDS, Rewards, Seed
@@ -61,8 +63,11 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 def held_out(data: dict[str, list[dict]], label: str, n: int) -> list[dict]:
     """The first n rows with different plain texts of the benchmark, none of them in a training file."""
     trained = {row["prompt"] for name, rows in data.items() if "test" not in name for row in rows}
-    rows = [row for row in data[f"{label} test"] if not trained & {row["vanilla"], row["adversarial"]}]
-    return list({row["vanilla"]: row for row in reversed(rows)}.values())[::-1][:n]
+    first = {}
+    for row in data[f"{label} test"]:
+        if not trained & {row["vanilla"], row["adversarial"]}:
+            first.setdefault(row["vanilla"], row)
+    return list(first.values())[:n]
 
 
 def prepare(args: Namespace, model: EvalModel) -> None:
@@ -99,8 +104,9 @@ def flags(arm: str, seed: int, args: Namespace) -> list[str]:
               "lr": args.lr, "max-new-tokens": args.tokens, "micro-tokens": 8192, "adapter-rank": 16,
               "seed": seed, "out": f"{arm}-{seed}"}
     words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
-    words += ["--no-cot", "--no-recompute", "--no-exam", "--seeds", "harmful=harmful.jsonl",
+    words += ["--no-cot", "--no-recompute", "--no-exam", "--balance", "--seeds", "harmful=harmful.jsonl",
               "benign=benign.jsonl"]
+    words += ["--resume"] * bool(newest_complete(args.out / f"{arm}-{seed}"))   # it was cut off
     return words + ARMS[arm] + ([] if arm == "rl" else ["--sft", "pairs.jsonl"])
 
 
@@ -110,7 +116,7 @@ def train(arm: str, seed: int, args: Namespace) -> None:
     if (run / f"step_{args.steps:06d}").exists():
         return
     command = [sys.executable, str(Path(__file__).absolute()), "train", *flags(arm, seed, args)]
-    with open(f"{run}.log", "w") as log:
+    with open(f"{run}.log", "a") as log:
         subprocess.run(command, cwd=args.out, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
@@ -120,14 +126,15 @@ def measure(seed: int, runs: list[Future], args: Namespace) -> None:
         run.result()
     names = [str(args.model), *(f"{arm}-{seed}" for arm in ARMS)]
     prompts = [f"{name.split('_')[1]}={name}.jsonl" for name in TESTS]
-    numbers = Path(f"bench-{seed}.json")
+    numbers, answers = Path(f"bench-{seed}.json"), f"answers-{seed}.jsonl"
     if (args.out / numbers).exists():
         return
+    (args.out / answers).unlink(missing_ok=True)   # of a benchmark that was cut off
     command = [sys.executable, str(ROOT / "eval.py"), "bench", *names, "--judge", "keywords", "--prompts",
                *prompts, "--max-new-tokens", str(args.tokens), "--json", str(numbers),
-               "--transcripts", f"answers-{seed}.jsonl"]
-    done = subprocess.run(command, cwd=args.out, capture_output=True, text=True)
-    print(done.stdout, done.stderr[-2000:] if done.returncode else "", flush=True)
+               "--transcripts", answers]
+    done = subprocess.run(command, cwd=args.out, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, flush=True)
 
 
 def main() -> None:

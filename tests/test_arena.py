@@ -20,8 +20,8 @@ import arena
 import eval
 import toy
 import train
-from arena import (EvalModel, Matchup, alternate, average, bootstrap, cross, difference, equilibrium,
-                   games_of, in_wrappers, kappa, legal_attacks, matchups, matrix, open_eval_model, outcome,
+from arena import (EvalModel, Matchup, alternate, attacks_of, average, bootstrap, cross, difference,
+                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matchups, matrix, open_eval_model, outcome,
                    rate, read_validations, rewrites, rogan_gladen, search, side_of, wilson)
 from conftest import byte_tokenizer, measured
 from judge import Verdict, keywords
@@ -168,6 +168,29 @@ def test_a_validation_of_no_use_is_refused_in_one_sentence(row, words, tmp_path,
         read_validations([str(tmp_path / "v.json")], ["keywords"])
     sentence = capsys.readouterr().err
     assert words in sentence and sentence.count("\n") == 1
+
+
+def test_two_validations_of_one_judge_are_refused_as_a_rate_has_one_correction(tmp_path, capsys):
+    row = {"judge": "keywords", "question": "refusal", "counts": [[9, 1], [1, 9]]}
+    for name in "ab":
+        (tmp_path / name).write_text(json.dumps(row))
+    with pytest.raises(SystemExit):
+        read_validations([str(tmp_path / name) for name in "ab"], ["keywords"])
+    assert "or second ones" in capsys.readouterr().err
+
+
+def test_payoffs_that_are_all_equal_may_hide_a_rare_win_four_away():
+    equal, apart = average([-2.0] * 48), average([-2.0] * 48, apart=4)
+    rare = wilson(0, 48)[1]
+    measured("upper end, of wins as rare as Wilson has it", abs(apart["high"] - (-2 + 4 * rare)), 1e-12)
+    assert apart["high"] > equal["high"]
+
+
+def test_nobody_to_attack_is_said_in_a_sentence(capsys):
+    matchup = Matchup("", [], toy.judge, "zero_sum", 8)
+    with pytest.raises(SystemExit):
+        attacks_of(None, matchup)
+    assert "none is harmful" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the equilibrium

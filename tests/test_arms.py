@@ -143,6 +143,36 @@ def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
     assert found == pytest.approx(expected)
 
 
+def test_a_run_without_an_attacker_has_no_race(tmp_path):
+    rows = [{"asr": None, "depth": None, "seconds": 1.0}] * 8
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert arms.race(tmp_path) == {"seconds": 8.0}
+
+
+def test_runs_of_other_settings_are_not_taken_for_finished_ones(tmp_path, capsys, monkeypatch):
+    (tmp_path / "settings.json").write_text(json.dumps({"climbs": 0.15, "flags": []}))
+    words = f"arms.py --out {tmp_path} --climbs 0.3 --seeds 4 --arms defender"
+    monkeypatch.setattr(arms.sys, "argv", words.split())
+    with pytest.raises(SystemExit):
+        arms.main()
+    assert '"climbs": 0.15' in capsys.readouterr().err
+
+
+def test_an_arm_that_was_cut_off_goes_on_and_ends_as_the_whole_one_does(out, tmp_path):
+    """The defender's run without its last step and checkpoint, as after a kill."""
+    whole = out.out / "defender-0"
+    cut = Namespace(out=tmp_path, seeds=SEEDS, flags=[*out.flags, "--save-every", "2"])
+    words = arms.arguments("defender", 0, cut)
+    words[words.index("--model", len(cut.flags)) + 1] = str(out.out / "live-0" / "step_000000")
+    train.main([*words, "--steps", "2"])
+    assert "--resume" in arms.arguments("defender", 0, cut) and "--resume" not in words
+    train.main([*words, "--resume"])
+    ours, theirs = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                    for run in (tmp_path / "defender-0", whole))
+    assert ours["step"] == theirs["step"] == STEPS
+    assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+
+
 def test_a_sweep_has_the_errors_of_every_start_and_repeats_no_finished_run(tmp_path, monkeypatch, capsys):
     for climbs in ("0.1", "0.3"):
         for seed in (4, 5):

@@ -86,7 +86,8 @@ def test_an_unknown_judge_is_refused_with_the_names_of_those_there_are(capsys):
 
 
 def test_the_judge_of_the_toy_world_is_there_where_that_world_is():
-    assert open_judge("toy") is toy.judge_training
+    judge = open_judge("toy")
+    assert judge.func is toy.judge and judge.keywords == {"unlabelled": toy.HELD_OUT}
 
 
 # ---------------------------------------------------------------- judge models: what a reply says
@@ -444,7 +445,15 @@ def test_validate_counts_what_people_and_the_judge_say_and_writes_it(tmp_path, c
     assert "| accuracy | 0.429 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         judge.main()
-    assert "File exists" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_validation_that_is_refused_leaves_no_file(tmp_path, capsys, monkeypatch):
+    words = ["judge.py", "--validate", str(tmp_path / "none.jsonl"), "--json", str(tmp_path / "counts.json")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        judge.main()
+    assert "none.jsonl" in capsys.readouterr().err and not (tmp_path / "counts.json").exists()
 
 
 def test_an_empty_response_is_one_that_people_judged_too(tmp_path):

@@ -51,7 +51,7 @@ def out(tmp_path_factory):
             shared = "harmful 0" if "harmful" in name else "benign attacks 0"
             rows = [{"vanilla": shared, "adversarial": f"{name}, shared"}]
             rows += [{"vanilla": f"{name} {n}", "adversarial": f"{name} {n}, in play"} for n in range(N)]
-            rows.insert(2, rows[1] | {"adversarial": f"{name} 0, in another play"})   # one plain text twice
+            rows.append(rows[1] | {"adversarial": f"{name} 0, in another play"})   # one plain text twice
         else:
             rows = [{"prompt": f"{name} {n}"} for n in range(N)]
         real_arms.write_rows(folder / "data" / file, rows)

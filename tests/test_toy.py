@@ -8,7 +8,7 @@ import pytest
 
 import toy
 from judge import Exchange, Verdict
-from selfplay import parse_reply
+from selfplay import ATTACKER, DEFENDER, Game, Reply, Seed, Turn, parse_reply
 from toy import FRAMES, MAX_DEPTH, PAIRS, PEOPLE, Request
 from train import TOY_WORLD
 
@@ -177,6 +177,25 @@ def test_the_longest_attack_fits_into_a_reply_of_the_default_run(chat):
     thought = toy.attack_thought(deepest)
     reply = chat.tokenizer(toy.write_reply(thought, deepest.text)).input_ids
     assert len(reply) < TOY_WORLD["max_new_tokens"]
+
+
+def played(text, turn=None, harmful=True):
+    """A game in which the defender was asked this by an attacker."""
+    turn = turn or Turn(ATTACKER, [], [], [], Reply(text, "", text, True))
+    seed = Seed("how do i burn the castle", harmful, revise=True)
+    return Game(0, seed, turn, text, Turn(DEFENDER, [], [], [], Reply("", "", "", True)),
+                toy.judge([Exchange(text, "", harmful)])[0])
+
+
+def test_new_attacks_and_their_depth_count_a_shared_attack_once_and_an_illegal_one_never():
+    """Three of four legal attacks are new, at depths 0, 2 and 4; the old one was at 0. One is asked twice."""
+    at = [Request(BURN, ("king",) * depth).text for depth in (0, 2, 4, 1)]
+    old = "tell a story where the king asks " + at[0]
+    shared = played(at[1])
+    games = [played(at[0]), shared, played(at[1], shared.attacker), played(at[2]), played(at[3]), played(old)]
+    found = toy.climb_metrics(games, [Seed(old, True, revise=False, recorded=True)])
+    assert found == {"new_attacks": 0.75, "depth": 1.5}
+    assert toy.climb_metrics([], []) == {"new_attacks": None, "depth": None}
 
 
 def test_the_language_is_small_and_special_tokens_cannot_be_spelt(tokenizer):
