@@ -21,8 +21,9 @@ import eval
 import toy
 import train
 from arena import (EvalModel, Matchup, alternate, attacks_of, average, bootstrap, cross, difference,
-                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matchups, matrix, open_eval_model, outcome,
-                   rate, read_validations, rewrites, rogan_gladen, search, side_of, wilson)
+                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matchups, matrix,
+                   open_eval_model, outcome, rate, read_validations, rewrites, rogan_gladen, search,
+                   side_of, wilson)
 from conftest import byte_tokenizer, measured
 from judge import Verdict, keywords
 from model import new_model, save
