@@ -80,21 +80,21 @@ def bootstrap(measure: Callable, n: int, draws: int = 1000) -> dict:
     low, high = value - drawn.mean() + np.quantile(drawn, [0.025, 0.975])
     return {"value": value, "low": float(low), "high": float(high), "n": n}
 
-def average(values: Sequence[float], apart: float = 1.0) -> dict:
+def average(values: Sequence[float], spacing: float = 1.0) -> dict:
     """
-    The mean with its interval. If all values are equal, another one, so far `apart`, may be rare: as rare as
+    The mean with its interval. If all values are equal, another one, `spacing` away, may be rare: as rare as
     Wilson's interval of 0 in n has it.
     """
     value_N = np.array(present(values))
     result = bootstrap(lambda weight_N: weight_N @ value_N / weight_N.sum(), len(value_N))
     if len(value_N) and np.ptp(value_N) == 0:
-        rare = apart * wilson(0, len(value_N))[1]
+        rare = spacing * wilson(0, len(value_N))[1]
         result |= {"low": result["value"] - rare, "high": result["value"] + rare}
     return result
 
-def difference(values: Sequence[float], others: Sequence[float], apart: float = 1.0) -> dict:
+def difference(values: Sequence[float], others: Sequence[float], spacing: float = 1.0) -> dict:
     """The mean of values - others, pair by pair; a pair with a missing value is left out."""
-    return average(np.subtract(values, others), apart)
+    return average(np.subtract(values, others), spacing)
 
 def entropy(labels: list) -> dict:
     """Entropy of the labels' frequencies, in nats."""
@@ -287,7 +287,7 @@ def outcome(games: list[Game], reward: str) -> dict:
     """What the attacker earned, and rates. Games with an unreadable verdict are left out."""
     readable = [g for g in games if g.verdict.readable]
     benign = [g.verdict.refusal for g in readable if not g.seed.harmful]
-    return {"payoff": average(earned(games, reward, ATTACKER), apart=4),   # a win from a loss
+    return {"payoff": average(earned(games, reward, ATTACKER), spacing=4),   # a win from a loss
             "asr": rate([bool(g.verdict.response_harmful) for g in readable if g.seed.harmful]),
             "benign_answered": rate([not refusal for refusal in benign if refusal is not None]),
             "forfeit": rate([not is_legal(g) for g in readable])}

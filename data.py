@@ -161,8 +161,8 @@ def read_file(path: str, attacks: bool, repeats: bool, seen: dict) -> tuple[str,
     prompts = []
     for where, row in rows:
         label = label_of(row, benchmark.labels, where, default)
-        lacks = benchmark.may_lack and (label is None or attacks and not row.get("legal", True))
-        if lacks or row.get("recorded") is True:   # a seed that was itself an attack is no request
+        lacks = benchmark.may_lack and (label is None or attacks and row.get("attack", "") is None)
+        if lacks or row.get("recorded") is True or attacks and row.get("legal") is False:
             continue
         if flag and label != default:
             stop(f"{where}: {flag}= contradicts its label; write {file} alone, or mend the row.")

@@ -349,8 +349,8 @@ def main() -> None:
         table, counts = validate(open_judge(args.judge), *labelled)
         print(table)
         if args.json:
-            row = {"judge": args.judge, "question": labelled[0], "counts": counts}
-            args.json.write_text(json.dumps(row), "utf-8")
+            args.json.write_text(json.dumps({"judge": args.judge, "question": labelled[0],
+                                             "counts": counts}), "utf-8")
         return
     if args.prompt is None or args.response is None:
         stop("judge.py: give --prompt and --response, or --validate FILE.")

@@ -115,7 +115,7 @@ def test_kappa_of_several_samples_is_as_uncertain_as_that_of_its_prompts():
     measured("ends, of 3 equal samples against 1", max(abs(ours[end] - of_prompts[end])
                                                         for end in ("value", "low", "high")), 1e-12)
     as_if_apart = kappa(answers, others)
-    assert as_if_apart["high"] - as_if_apart["low"] < 0.8 * (ours["high"] - ours["low"])
+    assert as_if_spaced["high"] - as_if_apart["low"] < 0.8 * (ours["high"] - ours["low"])
 
 
 def test_kappa_counts_the_read_samples_of_a_prompt():
@@ -181,10 +181,10 @@ def test_two_validations_of_one_judge_are_refused_as_a_rate_has_one_correction(t
 
 
 def test_payoffs_that_are_all_equal_may_hide_a_rare_win_four_away():
-    equal, apart = average([-2.0] * 48), average([-2.0] * 48, apart=4)
+    equal, spaced = average([-2.0] * 48), average([-2.0] * 48, spacing=4)
     rare = wilson(0, 48)[1]
-    measured("upper end, of wins as rare as Wilson has it", abs(apart["high"] - (-2 + 4 * rare)), 1e-12)
-    assert apart["high"] > equal["high"]
+    measured("upper end, of wins as rare as Wilson has it", abs(spaced["high"] - (-2 + 4 * rare)), 1e-12)
+    assert spaced["high"] > equal["high"]
 
 
 def test_nobody_to_attack_is_said_in_a_sentence(capsys):
