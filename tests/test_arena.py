@@ -115,7 +115,7 @@ def test_kappa_of_several_samples_is_as_uncertain_as_that_of_its_prompts():
     measured("ends, of 3 equal samples against 1", max(abs(ours[end] - of_prompts[end])
                                                         for end in ("value", "low", "high")), 1e-12)
     as_if_apart = kappa(answers, others)
-    assert as_if_spaced["high"] - as_if_apart["low"] < 0.8 * (ours["high"] - ours["low"])
+    assert as_if_apart["high"] - as_if_apart["low"] < 0.8 * (ours["high"] - ours["low"])
 
 
 def test_kappa_counts_the_read_samples_of_a_prompt():

@@ -323,7 +323,7 @@ def test_attacks_are_found_written_drawn_and_asked_of_other_models(sft_run, tmp_
     assert file.with_suffix(".png").stat().st_size > 1000 and f"| 4 | {n} |" in printed
     assert list(columns) == [str(sft_run / "step_000000"), str(sft_run)]
     command("bench", sft_run, "--judge", "toy", "--prompts", file)
-    attacks = {game["attack"] for game in games}
+    attacks = {game["attack"] for game in games if game["legal"]}   # the others' label is not their seed's
     assert f"{len(attacks)} prompts, {len(attacks)} of them harmful" in capsys.readouterr().out
 
 
