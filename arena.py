@@ -6,9 +6,8 @@ Any attacker against any defender: cross-play with its equilibrium, and best res
 
 A gain is what a new opponent earns more than the model itself earns in its place. Let eps be the most that
 any policy could gain. A measured gain is a LOWER bound of eps: it can show that a model is exploitable, never
-that it is not, so `exploit` lists the opponents that it tried. Payoffs are those of the run's own table.
-Both players sample at temperature 1.
-Run: python eval.py crossplay RUN RUN ..., or
+that it is not, so `exploit` lists the opponents that it tried. Payoffs are those of the run's own table. All
+sample at temperature 1; `exploit` has the defender also answer greedily. Train a response, and measure it:
 
     python train.py --play attacker --opponent RUN --kl 0 --out RESPONSE
     python eval.py exploit RUN RESPONSE ...
@@ -92,9 +91,9 @@ def average(values: Sequence[float], spacing: float = 1.0) -> dict:
         result |= {"low": result["value"] - rare, "high": result["value"] + rare}
     return result
 
-def difference(values: Sequence[float], others: Sequence[float], spacing: float = 1.0) -> dict:
+def difference(values: Sequence[float], others: Sequence[float]) -> dict:
     """The mean of values - others, pair by pair; a pair with a missing value is left out."""
-    return average(np.subtract(values, others), spacing)
+    return average(np.subtract(values, others))
 
 def entropy(labels: list) -> dict:
     """Entropy of the labels' frequencies, in nats."""
@@ -234,25 +233,25 @@ class Matchup:
     judge: Judge
     reward: str
     max_new_tokens: int
+    temperature: float = 1.0   # of the defender's answers
 
 def alternate(rows: list[tuple], n: int) -> list[Seed]:
     """n seeds for the attacker, harmful and benign in turn, repeated where there are too few of a kind."""
     pools = [pool for pool in seed_pools(rows, [], revise=True)[::2] if pool]   # [::2]: not the raw ones
     return seeds_for_step(pools, n, seed=0, step=0)
 
-def matchups(name: str, n: int, files: list[str]) -> list[Matchup]:
+def open_matchup(name: str, n: int, files: list[str]) -> Matchup:
     """
-    Where a run's players meet, on n seeds each: the requests of `files`, or else of the run's seed files. A
-    run of the embedded world without any meets on the held-out and on the training pairs.
+    Where a run's players meet, on n seeds: the requests of `files`, or else of the run's seed files. A run of
+    the embedded world without any meets on the held-out pairs.
     """
     config = need_config(name)
     rows = [row for _, prompts, _ in read_prompts(files or config["seeds"]) for row in prompts]
-    requests = {"seed": rows}
+    title = "seed"
     if toy.is_toy_model(name) and not rows:
-        requests = {"held-out": toy.seeds(held_out=True), "training": toy.seeds()}
+        title, rows = "held-out", toy.seeds(held_out=True)
     judge = open_judge_on_device(config["judge"])
-    return [Matchup(title, alternate(rows, n), judge, config["reward"], config["max_new_tokens"])
-            for title, rows in requests.items()]
+    return Matchup(title, alternate(rows, n), judge, config["reward"], config["max_new_tokens"])
 
 def attacks_of(attacker: EvalModel, matchup: Matchup, seed: int = 0) -> list[Reply]:
     """A rewrite of every seed."""
@@ -265,14 +264,15 @@ def games_of(defender: EvalModel, matchup: Matchup, attacks: list[Reply], seed: 
     seeds = matchup.seeds * (len(attacks) // len(matchup.seeds))
     asked = [Seed(attack.answer or s.text, s.harmful, revise=False)
              for s, attack in zip(seeds, attacks, strict=True)]
-    player = partial(defender.ask, turn=1, max_new_tokens=matchup.max_new_tokens, seed=seed)
+    player = partial(defender.ask, turn=1, max_new_tokens=matchup.max_new_tokens, seed=seed,
+                     temperature=matchup.temperature)
     games = play(asked, range(len(asked)), defender.chat, player, player, matchup.judge)
     return [replace(game, seed=seeds[n], attacker=Turn(ATTACKER, [], [], [], attacks[n]))
             for n, game in enumerate(games)]
 
 def fresh_games(name: str, n: int, seed: int, files: list) -> list:
     """A run's attacker on n harmful requests, against the run's start, which runs of one seed share."""
-    matchup = matchups(name, 2 * n, files)[0]
+    matchup = open_matchup(name, 2 * n, files)
     matchup = replace(matchup, seeds=[s for s in matchup.seeds if s.harmful][:n])
     attacks = attacks_of(open_eval_model(name), matchup, seed)
     games = games_of(open_eval_model(start_of(name)), matchup, attacks, seed)
@@ -341,7 +341,7 @@ def equilibrium(payoff_AD: np.ndarray, rounds: int = 10_000) -> dict:
 
 def crossplay(args: Namespace) -> dict:
     """Play all models against each other, scored by the first run's payoff table. Prints and returns all."""
-    matchup = matchups(args.models[0], args.n, args.prompts)[0]
+    matchup = open_matchup(args.models[0], args.n, args.prompts)
     names = [str(newest_step(name)) for name in args.models]  # a run may go on, and be an opponent later
     cells = cross({name: partial(open_eval_model, name) for name in names}, matchup)
     titles = {"asr": "attack success (down)", "payoff": f"attacker earns, {matchup.reward} table"}
@@ -420,41 +420,41 @@ def search(defender: EvalModel, matchup: Matchup, n: int) -> list[Reply]:
 
 def measure(model: EvalModel, sides: dict, matchup: Matchup, n_searched: int) -> list[dict]:
     """
-    The outcome of fresh games between a model and every response (name: side), and of an attacker that has
-    searched `n_searched` attacks on each seed. A gain is measured seed by seed, and is a lower bound of eps.
+    The outcome of a model's games with itself, every response (name: side), and an attacker that has searched
+    `n_searched` attacks on each seed. A gain is measured seed by seed, and is a lower bound of eps.
     """
     own = games_of(model, matchup, attacks_of(model, matchup))
-    played = {}
+    played = {(ATTACKER, "itself"): own}
     for name, side in sides.items():
         players = {ATTACKER: model, DEFENDER: model, side: open_eval_model(name)}
-        attacks = attacks_of(players[ATTACKER], matchup)
-        played[side, name] = games_of(players[DEFENDER], matchup, attacks)
+        played[side, name] = games_of(players[DEFENDER], matchup, attacks_of(players[ATTACKER], matchup))
     if n_searched:
         title = f"the best of {n_searched} legal attacks on each request"
         played[ATTACKER, title] = games_of(model, matchup, search(model, matchup, n_searched))
-    result = outcome(own, matchup.reward)
     entries = []
     for (side, name), games in played.items():
-        gain = difference(earned(games, matchup.reward, side), earned(own, matchup.reward, side), 4)
-        entry = {"side": side, "response": name, "own_asr": result["asr"], "own_payoff": result["payoff"]}
-        entries.append(entry | outcome(games, matchup.reward) | {"gain": gain})
+        entries.append({"side": side, "response": name} | outcome(games, matchup.reward))
+        if games is not own:
+            gain_N = earned(games, matchup.reward, side) - earned(own, matchup.reward, side)
+            entries[-1]["gain"] = average(gain_N, spacing=4)
     return entries
 
-EXPLOIT = {"own_asr": "attack success, itself", "asr": "- with the response (down)",
-           "own_payoff": "the attacker earns, itself", "payoff": "- with the response",
+EXPLOIT = {"asr": "attack success (down)", "payoff": "the attacker earns",
            "gain": "gain of the response: eps is at least that"}
 
 def exploit(args: Namespace) -> dict:
-    """Play the first model against its responses and the best legal attacks: a column each."""
+    """Play the first model, sampled and greedy, against its responses and the best legal attacks."""
     name, *responses = args.models
     sides = {response: side_of(response, name) for response in responses}
-    meetings = matchups(name, args.n, args.prompts)
-    in_toy = all(toy.pair_of(seed.text) for seed in meetings[0].seeds)
-    if not responses and not in_toy:
+    matchup = open_matchup(name, args.n, args.prompts)
+    n_searched = args.search * all(toy.pair_of(seed.text) for seed in matchup.seeds)
+    if not responses and not n_searched:
         stop(f"{name}: there is nothing to try; give runs of train.py --play attacker --opponent {name}.")
     model = open_eval_model(name)
-    results = measure(model, sides, meetings[0], args.search * in_toy)
-    columns = {f"{entry['side']}: {entry['response']}": entry for entry in results}
-    title = f"{name}; {meetings[0].name} requests, n = {args.n}, {meetings[0].reward} table"
-    print(markdown(title, columns, EXPLOIT), flush=True)
-    return {"model": name, "n": args.n, "responses": results}
+    results = {"model": name, "n": args.n}
+    for how, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        results[how] = measure(model, sides, replace(matchup, temperature=temperature), n_searched)
+        columns = {f"{entry['side']}: {entry['response']}": entry for entry in results[how]}
+        title = f"{name}; {matchup.name} requests, n = {args.n}, {matchup.reward} table, {how} answers"
+        print(markdown(title, columns, EXPLOIT), flush=True)
+    return results

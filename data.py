@@ -148,7 +148,7 @@ def read_prompts(paths: list[str], attacks: bool = False, repeats: bool = False)
     return [read_file(path, attacks, repeats, seen) for path in paths]
 
 def read_file(path: str, attacks: bool, repeats: bool, seen: dict) -> tuple[str, list, str]:
-    """One file of read_prompts."""
+    """One file of read_prompts. A replayed attack is no request; one that lost its label is no attack."""
     flag, file = path.split("=", 1) if path.startswith(("harmful=", "benign=")) else ("", path)
     rows = read_rows(file)
     columns = {name for _, row in rows for name in row}

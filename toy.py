@@ -155,6 +155,7 @@ JUDGES["toy"] = partial(judge, unlabelled=HELD_OUT)
 
 def climb_metrics(games: list[Game], past: list[Seed]) -> dict[str, float | None]:
     """Of legal attacks the share of new ones (--replay-won: not won before); of hostile ones the depth."""
+    # games that ask one attack share its turn: it counts once
     attacks = list({id(game.attacker): game.asked for game in games if is_legal(game)}.values())
     new = set(attacks) - {seed.text for seed in past}
     requests = [request for request in map(parse, attacks) if request and is_hostile(request.pair)]

@@ -21,7 +21,7 @@ asked as often as it was written:
     start       the start's attacks
     distinct    the start's attacks, each once, as many distinct ones as the live attacker wrote
     frozen      attacks of an attacker's whole training against the frozen start, but for its last few
-    other       the live attacks of the next seed: what live play found, but not against this defender
+    other       the live attacks of the next of --seeds: what live play found, but not against this defender
     uniform     an oracle: attacks drawn uniformly from the grammar, every depth as often
 
 And one side alone:
@@ -391,6 +391,8 @@ def main() -> None:
     cli.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
     args = cli.parse_args()
     args.flags = args.flags.split()
+    if "other" in args.arms and len(args.seeds) == 1:
+        stop("--arms other: needs a second seed, whose attacks it records; give two, or leave it out.")
     if len(args.climbs) > 1:
         sweep(args)
     else:

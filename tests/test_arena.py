@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -21,9 +21,9 @@ import eval
 import toy
 import train
 from arena import (EvalModel, Matchup, alternate, attacks_of, average, bootstrap, cross, difference,
-                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matchups, matrix,
-                   open_eval_model, outcome, rate, read_validations, rewrites, rogan_gladen, search,
-                   side_of, wilson)
+                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matrix, open_eval_model,
+                   open_matchup, outcome, rate, read_validations, rewrites, rogan_gladen, search, side_of,
+                   wilson)
 from conftest import byte_tokenizer, measured
 from judge import Verdict, keywords
 from model import new_model, save
@@ -380,7 +380,7 @@ def run(tmp_path_factory):
 def exploit(*args):
     """eval.py exploit on eight requests, with 30 legal attacks on each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval.py", "exploit", *map(str, args), "--n", "8", "--search", "30"])
+        patch.setattr(sys, "argv", ["eval.py", "exploit", "--n", "8", "--search", "30", *map(str, args)])
         eval.main()
 
 
@@ -401,24 +401,45 @@ def test_exploit_measures_runs_that_train_trained_against_the_model(run, respons
     exploit(run, responses[ATTACKER], responses[DEFENDER], "--out", out)
     printed = capsys.readouterr().out
     results = json.loads(out.read_text())
-    assert f"| {run}; held-out requests, n = 8, zero_sum table |" in printed
+    for how in ("sampled", "greedy"):
+        assert f"| {run}; held-out requests, n = 8, zero_sum table, {how} answers |" in printed
     assert all(f"{side}: {name} |" in printed for side, name in responses.items())
     assert "attacker: the best of 30 legal attacks on each request" in printed
     assert "eps is at least" in printed
-    assert [entry["side"] for entry in results["responses"]] == ["attacker", "defender", "attacker"]
-    assert [entry["gain"]["n"] for entry in results["responses"]] == [8, 8, 8]
-    # own games are the same for all, so what an attacker gains is what it earns more than the model does
-    for entry in (results["responses"][0], results["responses"][2]):
-        gain = entry["payoff"]["value"] - entry["own_payoff"]["value"]
-        assert entry["gain"]["value"] == pytest.approx(gain)
+    for how in ("sampled", "greedy"):
+        own, *entries = results[how]
+        assert own["response"] == "itself" and "gain" not in own
+        assert [entry["side"] for entry in entries] == ["attacker", "defender", "attacker"]
+        assert [entry["gain"]["n"] for entry in entries] == [8, 8, 8]
+        # own games are the same for all, so what an attacker gains is what it earns more than the model does
+        for entry in entries[::2]:
+            gain = entry["payoff"]["value"] - own["payoff"]["value"]
+            assert entry["gain"]["value"] == pytest.approx(gain)
 
 
 def test_without_responses_legal_attacks_are_searched(run, tmp_path, capsys):
     exploit(run, "--out", tmp_path / "exploit.json")
     printed = capsys.readouterr().out
     assert "attacker: the best of 30 legal attacks on each request" in printed
-    [entry] = json.loads((tmp_path / "exploit.json").read_text())["responses"]
-    assert entry["side"] == ATTACKER
+    itself, searched = json.loads((tmp_path / "exploit.json").read_text())["sampled"]
+    assert itself["side"] == searched["side"] == ATTACKER
+
+
+def test_a_search_of_nothing_without_responses_is_refused(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        exploit(run, "--search", "0", "--out", tmp_path / "exploit.json")
+    assert "there is nothing to try" in capsys.readouterr().err
+
+
+def test_greedy_answers_are_those_of_temperature_0_and_the_same_again(run):
+    model, matchup = open_eval_model(str(run)), open_matchup(str(run), 8, [])
+    attacks = [Reply(seed.text, "", seed.text, True) for seed in matchup.seeds]
+    greedy = [games_of(model, replace(matchup, temperature=0.0), attacks, seed) for seed in (0, 1)]
+    answers = [[game.defender.ids for game in games] for games in greedy]
+    sampled = [game.defender.ids for game in games_of(model, matchup, attacks)]
+    prompts = [model.chat.defender_prompt(seed.text) for seed in matchup.seeds]
+    theirs = model.ask(prompts, range(8), 1, matchup.max_new_tokens, temperature=0.0)
+    assert answers[0] == answers[1] == [reply.ids for reply in theirs] != sampled
 
 
 def test_outside_the_embedded_world_there_is_nothing_to_search(run, tmp_path, capsys, monkeypatch):
@@ -502,10 +523,10 @@ def test_the_search_finds_the_attacks_that_work(run, chat):
     assert found[1].depth == 3 and found[1].pair == ("rob", "bank")
 
 
-def test_held_out_pairs_and_training_pairs_meet_apart(run):
-    held_out, training = matchups(str(run), 400, [])
-    assert {toy.pair_of(s.text) for s in held_out.seeds} <= toy.HELD_OUT
-    assert not {toy.pair_of(s.text) for s in training.seeds} & toy.HELD_OUT
+def test_a_run_of_the_embedded_world_meets_on_all_held_out_pairs_and_no_others(run):
+    seeds = open_matchup(str(run), 600, []).seeds
+    assert {toy.pair_of(s.text) for s in seeds} == toy.HELD_OUT
+    assert sum(s.harmful for s in seeds) == 300
 
 
 @pytest.mark.parametrize("how", [{"play": "self"}, {"play": "defender", "attacks": "games.jsonl"}])

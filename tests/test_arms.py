@@ -10,6 +10,7 @@ import pytest
 import arms
 import toy
 import train
+from selfplay import seeds_for_step
 
 SEEDS = [0, 1]
 STEPS, GAMES = 4, 32
@@ -109,12 +110,27 @@ def test_a_pools_defender_meets_as_many_attacks_as_that_of_self_play(out, arm):
     assert abs(shares[1] - shares[0]) < 0.15
 
 
-@pytest.mark.parametrize("arm", arms.POOLS)
-def test_an_attack_is_asked_as_often_as_it_stands_in_the_file(out, arm):
-    rows = recorded(out, arm, 1)
-    pools, _ = toy.read_seeds([], str(out.out / f"{arm}-1.jsonl"), "defender", "")
+def test_an_attack_is_asked_as_often_as_it_stands_in_the_file(tmp_path):
+    """Two of three harmful rows are one attack: in twelve games that ask them, it is asked eight times."""
+    at = [toy.Request(("burn", "castle"), ("king",) * depth).text for depth in (0, 0, 2, 1)]
+    rows = [(text, toy.parse(text).harmful) for text in at]
+    file = tmp_path / "pool.jsonl"
+    lines = [json.dumps({"attack": text, "harmful": harmful}) + "\n" for text, harmful in rows]
+    file.write_text("".join(lines))
+    pools, _ = toy.read_seeds([], str(file), "defender", "")
     read = [(seed.text, seed.harmful) for pool in pools for seed in pool if seed.recorded]
     assert Counter(read) == Counter(rows)
+    asked = [seed.text for step in range(6) for seed in seeds_for_step(pools, 8, seed=0, step=step)
+             if seed.recorded and seed.harmful]
+    assert Counter(asked) == {at[0]: 8, at[2]: 4}
+
+
+def test_another_seeds_attacks_need_another_seed(tmp_path, capsys, monkeypatch):
+    words = f"arms.py --out {tmp_path / 'runs'} --seeds 4 --arms live other"
+    monkeypatch.setattr(arms.sys, "argv", words.split())
+    with pytest.raises(SystemExit):
+        arms.main()
+    assert "needs a second seed" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_all_arms_of_a_seed_start_from_the_live_runs_start(out):
