@@ -159,6 +159,11 @@ def test_the_race_is_the_largest_rise_of_attack_success_and_the_end(tmp_path):
     assert found == pytest.approx(expected)
 
 
+def test_the_entropy_of_attacks_by_hand():
+    assert arms.entropy(["a", "a", "b", "b"]) == pytest.approx(np.log(2))
+    assert arms.entropy(["a"] * 3) == 0
+
+
 def test_a_run_without_an_attacker_has_no_race(tmp_path):
     rows = [{"asr": None, "depth": None, "seconds": 1.0}] * 8
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
