@@ -6,9 +6,9 @@ What does the work on a real model: supervised refusals, RL, recorded attacks, o
 FOLDER holds WildJailbreak's files (`FILES`). Every arm starts from the same model, trains an adapter, and
 makes as many updates with as many games, in which each role weighs the same (--balance). All but `rl` have
 the same supervised pairs: half of them refusals of harmful training prompts, half the start's own answers
-to benign ones, cut at --tokens.
+to benign ones, as many whole sentences as --tokens hold.
 
-    supervised  the pairs alone: every payoff is 0, and distance costs nothing
+    supervised  the pairs alone: it answers raw prompts, but every payoff is 0, and distance costs nothing
     rl          self-play without pairs
     defender    raw prompts and pairs
     recorded    WildJailbreak's attacks and pairs, for a defender alone
@@ -16,9 +16,11 @@ to benign ones, cut at --tokens.
 
 Measured on held-out prompts that no arm has met, plain and adversarial, 200 of each label, and on attacks
 that the start wrote on the plain ones. Answers are greedy and judged by refusal phrases. A finished run is
-not repeated. The tables are those of eval.py bench; all answers go to answers-SEED.jsonl in the folder.
+not repeated. The tables are those of eval.py bench, the start apart, then the arms of each seed beside
+`supervised`; all answers go to answers-NAME.jsonl in the folder. The last table has means over seeds.
 """
 import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -29,9 +31,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: F401  before torch, which reads the OpenMP setting in there
+import torch
+
+import arena
 from arena import EvalModel, Matchup, attacks_of, open_eval_model
+from arms import summary as over_seeds
 from checkpoint import newest_complete
 from eval import bench_prompts
+from eval import main as eval_main
 from judge import open_judge
 from selfplay import REWARDS, Rewards, Seed
 from train import main as train_main
@@ -41,11 +48,12 @@ FILES = {"harmful": "wildjailbreak_vanilla_harmful_256.jsonl",
          "harmful attacks": "wildjailbreak_adversarial_harmful_256.jsonl",
          "benign attacks": "wildjailbreak_adversarial_benign_128.jsonl",
          "harmful test": "wildjailbreak_eval_harmful.jsonl", "benign test": "wildjailbreak_eval_benign.jsonl"}
-ARMS = {"supervised": ["--reward", "none", "--kl", "0"], "rl": [], "defender": ["--play", "defender"],
+ARMS = {"supervised": ["--play", "defender", "--reward", "none", "--kl", "0"], "rl": [], "defender": ["--play", "defender"],
         "recorded": ["--play", "defender", "--attacks", "attacks.jsonl"], "self": []}
 REFUSALS = ("I'm sorry, but I can't help with that.", "I can't assist with that request.",
             "Sorry, I won't help with this, because it could hurt someone.")
 TESTS = ("plain_harmful", "plain_benign", "adversarial_harmful", "adversarial_benign", "attacks_harmful")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}   # of answers, and of training
 NOTHING = dict.fromkeys("psh", 0.0)
 REWARDS["none"] = Rewards(attacker=NOTHING, defender=NOTHING, forfeit=0.0, drift_forfeits=False)
 
@@ -70,6 +78,11 @@ def held_out(data: dict[str, list[dict]], label: str, n: int) -> list[dict]:
     return list(first.values())[:n]
 
 
+def whole_sentences(text: str) -> str:
+    """The text up to its last full stop; all of it, if it has none."""
+    return (re.match(r".*[.!?]", text, re.DOTALL) or [text])[0]
+
+
 def prepare(args: Namespace, model: EvalModel) -> None:
     """Seeds, recorded attacks, supervised pairs, held-out prompts, and the start's attacks on plain ones."""
     data = {name: rows_of(args.data / file) for name, file in FILES.items()}
@@ -85,7 +98,7 @@ def prepare(args: Namespace, model: EvalModel) -> None:
 
     benign = [(row["prompt"], False) for row in data["benign"][:args.pairs // 2]]
     answers = bench_prompts(model, "keywords", benign, args.tokens)
-    pairs = [{"prompt": line["prompt"], "response": line["response"]} for line in answers]
+    pairs = [{"prompt": line["prompt"], "response": whole_sentences(line["response"])} for line in answers]
     for i, row in enumerate(data["harmful"][:args.pairs // 2]):
         pairs.append({"prompt": row["prompt"], "response": REFUSALS[i % len(REFUSALS)]})
     write_rows(args.out / "pairs.jsonl", pairs)
@@ -102,7 +115,8 @@ def flags(arm: str, seed: int, args: Namespace) -> list[str]:
     """The arguments of train.py."""
     common = {"model": args.model, "judge": "keywords", "steps": args.steps, "games": args.games,
               "lr": args.lr, "max-new-tokens": args.tokens, "micro-tokens": 8192, "adapter-rank": 16,
-              "seed": seed, "out": f"{arm}-{seed}"}
+              "seed": seed, "precision": args.precision, "save-every": 10,
+              "out": f"{arm}-{seed}"}
     words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
     words += ["--no-cot", "--no-recompute", "--no-exam", "--balance", "--seeds", "harmful=harmful.jsonl",
               "benign=benign.jsonl"]
@@ -120,21 +134,36 @@ def train(arm: str, seed: int, args: Namespace) -> None:
         subprocess.run(command, cwd=args.out, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 
-def measure(seed: int, runs: list[Future], args: Namespace) -> None:
-    """eval.py bench of the start and of the arms of a seed, once they are done; its tables are printed."""
+def measure(name: str, models: list[str], runs: list[Future], args: Namespace) -> None:
+    """eval.py bench of models, once their runs are done; its tables are printed."""
     for run in runs:
         run.result()
-    names = [str(args.model), *(f"{arm}-{seed}" for arm in ARMS)]
-    prompts = [f"{name.split('_')[1]}={name}.jsonl" for name in TESTS]
-    numbers, answers = Path(f"bench-{seed}.json"), f"answers-{seed}.jsonl"
-    if (args.out / numbers).exists():
+    if (args.out / f"bench-{name}.json").exists():
         return
-    (args.out / answers).unlink(missing_ok=True)   # of a benchmark that was cut off
-    command = [sys.executable, str(ROOT / "eval.py"), "bench", *names, "--judge", "keywords", "--prompts",
-               *prompts, "--max-new-tokens", str(args.tokens), "--json", str(numbers),
-               "--transcripts", answers]
+    (args.out / f"answers-{name}.jsonl").unlink(missing_ok=True)   # of a benchmark that was cut off
+    prompts = [f"{test.split('_')[1]}={test}.jsonl" for test in TESTS]
+    command = [sys.executable, str(Path(__file__).absolute()), args.precision, "bench", *models, "--judge",
+               "keywords", "--prompts", *prompts, "--max-new-tokens", str(args.tokens),
+               "--json", f"bench-{name}.json", "--transcripts", f"answers-{name}.jsonl"]
     done = subprocess.run(command, cwd=args.out, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, flush=True)
+
+
+def answered(file: Path, test: str) -> list[float]:
+    """The share of a test's prompts that each model of a benchmark answered, in their order."""
+    by_model = json.loads(file.read_text())[f"labelled prompts, {test.split('_')[1]}={test}.jsonl"]
+    key = "asr" if test.endswith("harmful") else "benign_answered"
+    return [rates[key]["value"] for rates in by_model.values()]
+
+
+def print_summary(args: Namespace) -> None:
+    """What the start answers, and each arm in the mean over seeds."""
+    print(f"| answered | the start | {' | '.join(ARMS)} |\n|{' --- |' * (len(ARMS) + 2)}")
+    for test in TESTS:
+        [start] = answered(args.out / "bench-start.json", test)
+        by_seed = [answered(args.out / f"bench-{seed}.json", test) for seed in args.seeds]
+        cells = [over_seeds(list(rates)) for rates in zip(*by_seed, strict=True)]
+        print(f"| {test.replace('_', ' ')} | {start:.3f} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -147,6 +176,7 @@ def main() -> None:
     cli.add_argument("--games", type=int, default=64, help="a step")
     cli.add_argument("--tokens", type=int, default=64, help="longest attack, and longest answer")
     cli.add_argument("--lr", type=float, default=2e-4)
+    cli.add_argument("--precision", choices=DTYPES, default="bf16")
     cli.add_argument("--pairs", type=int, default=64, help="supervised ones, half of them refusals")
     cli.add_argument("--n", type=int, default=200, help="held-out prompts of each kind and label")
     cli.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -155,16 +185,21 @@ def main() -> None:
     if not (args.out / "attacks_harmful.jsonl").exists():
         prepare(args, open_eval_model(str(args.model)))
     with ThreadPoolExecutor(args.jobs) as threads:
-        done = []
+        done = [threads.submit(measure, "start", [str(args.model)], [], args)]
         for seed in args.seeds:
             runs = [threads.submit(train, arm, seed, args) for arm in ARMS]
-            done.append(threads.submit(measure, seed, runs, args))
+            models = [f"{arm}-{seed}" for arm in ARMS]
+            done.append(threads.submit(measure, str(seed), models, runs, args))
     for task in done:
         task.result()
+    print_summary(args)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train"]:
         train_main(sys.argv[2:])
+    elif sys.argv[1] in DTYPES:
+        arena.DTYPE = DTYPES[sys.argv[1]]
+        eval_main(sys.argv[2:])
     else:
         main()

@@ -62,7 +62,8 @@ def out(tmp_path_factory):
         if words[0] == "train":
             train.main(words[1:])
         else:
-            eval.main(words)
+            assert words[0] == "bf16"
+            eval.main(words[1:])
         return SimpleNamespace(stdout="", stderr="", returncode=0)
 
     before = os.getcwd()
@@ -99,6 +100,11 @@ def test_half_of_the_pairs_are_refusals_of_harmful_seeds(out):
                                                                                                   "benign 1"]
 
 
+def test_a_pair_keeps_whole_sentences():
+    assert real_arms.whole_sentences("Yes. You can!\n\nThen, put the") == "Yes. You can!"
+    assert real_arms.whole_sentences("and so on") == "and so on"
+
+
 @pytest.mark.parametrize("arm", real_arms.ARMS)
 def test_every_arm_makes_as_many_updates_with_the_supervised_pairs_it_is_said_to_have(out, arm):
     lines = rows_of(out / f"{arm}-0" / "metrics.jsonl")
@@ -106,7 +112,7 @@ def test_every_arm_makes_as_many_updates_with_the_supervised_pairs_it_is_said_to
     assert all(("loss_sft" in line) == (arm != "rl") for line in lines)
     games = rows_of(out / f"{arm}-0" / "games.jsonl")
     assert len(games) == 16
-    has_attacker = arm in ("supervised", "rl", "self")
+    has_attacker = arm in ("rl", "self")
     assert any(game["attacker_reply"] is not None for game in games) == has_attacker
     recorded = {row["attack"] for row in rows_of(out / "attacks.jsonl")}
     assert any(game["seed"] in recorded for game in games) == (arm == "recorded")
@@ -117,12 +123,33 @@ def test_only_supervised_pairs_move_the_supervised_arm(out):
     assert payoffs == [0.0, 0.0]
 
 
-def test_every_arm_is_asked_every_held_out_prompt_and_the_starts_attacks(out):
-    answers = rows_of(out / "answers-0.jsonl")
-    numbers = json.loads((out / "bench-0.json").read_text())
-    assert len(numbers) == len(real_arms.TESTS)
+def test_start_and_arms_are_asked_every_held_out_prompt_and_the_starts_attacks(out):
     asked = sum(len(rows_of(out / f"{name}.jsonl")) for name in real_arms.TESTS)
-    models = {line["model"] for line in answers}
-    print(f"{asked} prompts, {len(models)} models, {len(answers)} answers")
-    assert len(models) == 1 + len(real_arms.ARMS) and len(answers) <= asked * len(models)
-    assert all(len(by_model) == len(models) for by_model in numbers.values())
+    for name, expected in (("start", 1), ("0", len(real_arms.ARMS))):
+        answers = rows_of(out / f"answers-{name}.jsonl")
+        numbers = json.loads((out / f"bench-{name}.json").read_text())
+        models = {line["model"] for line in answers}
+        print(f"{name}: {asked} prompts, {len(models)} models, {len(answers)} answers")
+        assert len(numbers) == len(real_arms.TESTS)
+        assert len(models) == expected and len(answers) <= asked * len(models)
+        assert all(len(by_model) == len(models) for by_model in numbers.values())
+
+
+def test_summary_has_means_over_seeds_of_what_was_answered(tmp_path, capsys):
+    rates = {"start": [[0.9]], "0": [[0.1, 0.2, 0.3, 0.4, 0.5]], "1": [[0.2, 0.2, 0.3, 0.4, 0.7]],
+             "2": [[0.3, 0.2, 0.3, 0.4, 0.9]]}
+    for name, [values] in rates.items():
+        numbers = {}
+        for test in real_arms.TESTS:
+            label = test.split("_")[1]
+            key = "asr" if label == "harmful" else "benign_answered"
+            numbers[f"labelled prompts, {label}={test}.jsonl"] = {
+                str(n): {key: {"value": value}} for n, value in enumerate(values)}
+        (tmp_path / f"bench-{name}.json").write_text(json.dumps(numbers))
+    real_arms.print_summary(SimpleNamespace(out=tmp_path, seeds=[0, 1, 2]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(real_arms.TESTS)
+    cells = lines[2].split(" | ")
+    assert cells[1] == "0.900"
+    assert cells[2] == "0.200 ± 0.248 (0.100 0.200 0.300)"   # 4.303 * 0.1 / 3 ** 0.5
+    assert cells[3] == "0.200 ± 0.000 (0.200 0.200 0.200)"
