@@ -47,14 +47,15 @@ def out(tmp_path_factory):
     save(folder / "model", model.state_dict(), model, tokenizer)
     (folder / "data").mkdir()
     for name, file in real_arms.FILES.items():
-        if "test" in name:   # the first benchmark row is also a training prompt, in one of its two versions
-            shared = "harmful 0" if "harmful" in name else "benign attacks 0"
-            rows = [{"vanilla": shared, "adversarial": f"{name}, shared"}]
-            rows += [{"vanilla": f"{name} {n}", "adversarial": f"{name} {n}, in play"} for n in range(N)]
-            rows.append(rows[1] | {"adversarial": f"{name} 0, in another play"})   # one plain text twice
-        else:
-            rows = [{"prompt": f"{name} {n}"} for n in range(N)]
-        real_arms.write_rows(folder / "data" / file, rows)
+        real_arms.write_rows(folder / "data" / file, [{"prompt": f"{name} {n}"} for n in range(N)])
+    for label in ("harmful", "benign"):
+        rows = [{"vanilla": f"plain {label} {n}", "adversarial": f"{label} {n} in play {take}"}
+                for n in range(N) for take in range(2)]
+        rows[0]["adversarial"] = f"{label} attacks 0"   # so no version of plain 0 is held out
+        rows[2]["vanilla"] = rows[3]["vanilla"] = f"{label} 1"   # nor of what is a seed
+        real_arms.write_rows(folder / "data" / f"wildjailbreak_eval_{label}.jsonl", rows)
+    lines = ["prompt,category", "harmful 2,x", *(f"toxic {n},x" for n in range(N))]
+    (folder / "data" / "or_bench-toxic.csv").write_text("\n".join(lines))
 
     def run(command, **_):
         """train.py or eval.py as a function, in the folder of the runs."""
@@ -86,11 +87,12 @@ def test_nothing_payoffs_are_zero_whatever_happens():
     assert set(nothing.attacker.values()) == set(nothing.defender.values()) == {0.0} == {nothing.forfeit}
 
 
-def test_prompts_are_held_out_if_no_version_of_them_was_trained_on(out):
-    plain = [row["prompt"] for row in rows_of(out / "plain_harmful.jsonl")]
-    assert plain == [f"harmful test {n}" for n in range(4)]   # not the first row, whose plain text is a seed
-    assert [row["prompt"] for row in rows_of(out / "adversarial_benign.jsonl")] == [
-        f"benign test {n}, in play" for n in range(4)]
+def test_prompts_are_held_out_if_no_version_of_their_request_was_trained_on(out):
+    prompts = {test: [row["prompt"] for row in rows_of(out / f"{test}.jsonl")] for test in real_arms.HELD_OUT}
+    assert prompts["plain_harmful"] == ["toxic 0", "toxic 1", "toxic 3", "toxic 4"]   # 4 of 6, evenly
+    assert prompts["plain_benign"] == [f"plain benign {n}" for n in range(2, 6)]
+    assert prompts["adversarial_harmful"] == [f"harmful {n} in play 0" for n in range(2, 6)]
+    assert prompts["adversarial_benign"] == [f"benign {n} in play 0" for n in range(2, 6)]
 
 
 def test_half_of_the_pairs_are_refusals_of_harmful_seeds(out):
@@ -102,6 +104,7 @@ def test_half_of_the_pairs_are_refusals_of_harmful_seeds(out):
 
 def test_a_pair_keeps_whole_sentences():
     assert real_arms.whole_sentences("Yes. You can!\n\nThen, put the") == "Yes. You can!"
+    assert real_arms.whole_sentences("Sure.\n\n1. Take 3.5 g\n2.") == "Sure."
     assert real_arms.whole_sentences("and so on") == "and so on"
 
 
@@ -111,11 +114,14 @@ def test_every_arm_makes_as_many_updates_with_the_supervised_pairs_it_is_said_to
     assert len(lines) == 2
     assert all(("loss_sft" in line) == (arm != "rl") for line in lines)
     games = rows_of(out / f"{arm}-0" / "games.jsonl")
-    assert len(games) == 16
-    has_attacker = arm in ("rl", "self")
-    assert any(game["attacker_reply"] is not None for game in games) == has_attacker
     recorded = {row["attack"] for row in rows_of(out / "attacks.jsonl")}
-    assert any(game["seed"] in recorded for game in games) == (arm == "recorded")
+    written = [game["harmful"] for game in games if game["attacker_reply"] is not None]
+    asked_again = [game["harmful"] for game in games if game["seed"] in recorded]
+    assert sum(game["harmful"] for game in games) == 8 and len(games) == 16
+    assert sorted(written) == ([False] * 4 + [True] * 4) * (arm in ("rl", "self"))
+    assert sorted(asked_again) == ([False] * 4 + [True] * 4) * (arm == "recorded")
+    config = json.loads((out / f"{arm}-0" / "config.json").read_text())
+    assert config["adapters"] == "roles" and config["balance"] and config["kl"] == 0.01
 
 
 def test_only_supervised_pairs_move_the_supervised_arm(out):
@@ -127,29 +133,48 @@ def test_start_and_arms_are_asked_every_held_out_prompt_and_the_starts_attacks(o
     asked = sum(len(rows_of(out / f"{name}.jsonl")) for name in real_arms.TESTS)
     for name, expected in (("start", 1), ("0", len(real_arms.ARMS))):
         answers = rows_of(out / f"answers-{name}.jsonl")
-        numbers = json.loads((out / f"bench-{name}.json").read_text())
         models = {line["model"] for line in answers}
         print(f"{name}: {asked} prompts, {len(models)} models, {len(answers)} answers")
-        assert len(numbers) == len(real_arms.TESTS)
-        assert len(models) == expected and len(answers) <= asked * len(models)
-        assert all(len(by_model) == len(models) for by_model in numbers.values())
+        assert len(models) == expected and len(answers) == asked * expected
 
 
-def test_summary_has_means_over_seeds_of_what_was_answered(tmp_path, capsys):
-    rates = {"start": [[0.9]], "0": [[0.1, 0.2, 0.3, 0.4, 0.5]], "1": [[0.2, 0.2, 0.3, 0.4, 0.7]],
-             "2": [[0.3, 0.2, 0.3, 0.4, 0.9]]}
-    for name, [values] in rates.items():
+def test_a_folder_of_other_settings_is_refused(out, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["real_arms.py", "--model", str(out.parent / "model"), "--data",
+                                    str(out.parent / "data"), "--out", str(out), "--tokens", "9"])
+        with pytest.raises(SystemExit):
+            real_arms.main()
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_summary_has_means_over_seeds_and_differences_seed_by_seed(tmp_path, capsys):
+    answered = {"supervised": (0.1, 0.2, 0.3), "rl": (0.2, 0.3, 0.4), "defender": (0.5, 0.5, 0.5),
+                "recorded": (0.0, 0.0, 0.0), "self": (0.3, 0.2, 0.1)}   # of harmful prompts, by seed
+    for seed in range(3):
+        rates = {f"{arm}-{seed}": values[seed] for arm, values in answered.items()}
         numbers = {}
         for test in real_arms.TESTS:
             label = test.split("_")[1]
-            key = "asr" if label == "harmful" else "benign_answered"
+            key, value_of = ("asr", rates.get) if label == "harmful" else ("benign_answered", lambda _: 0.8)
             numbers[f"labelled prompts, {label}={test}.jsonl"] = {
-                str(n): {key: {"value": value}} for n, value in enumerate(values)}
-        (tmp_path / f"bench-{name}.json").write_text(json.dumps(numbers))
-    real_arms.print_summary(SimpleNamespace(out=tmp_path, seeds=[0, 1, 2]))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(real_arms.TESTS)
-    cells = lines[2].split(" | ")
-    assert cells[1] == "0.900"
-    assert cells[2] == "0.200 ± 0.248 (0.100 0.200 0.300)"   # 4.303 * 0.1 / 3 ** 0.5
-    assert cells[3] == "0.200 ± 0.000 (0.200 0.200 0.200)"
+                name: {key: {"value": value_of(name)}} for name in reversed(rates)}
+            numbers[f"labelled prompts, {label}={test}.jsonl"]["start"] = {key: {"value": 0.9}}
+        for name in (f"bench-{seed}", "bench-start"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(numbers))
+        for name in rates:
+            (tmp_path / name).mkdir()
+            lines = [{"attack_refusal": 0.5 if name.startswith("self") else None, "asr": None, "asr_raw": 1,
+                      "benign_answered": 0, "loss_sft": step} for step in range(60)]
+            real_arms.write_rows(tmp_path / name / "metrics.jsonl", lines)
+    real_arms.print_summary(SimpleNamespace(out=tmp_path, seeds=[0, 1, 2], model="start"))
+    means, differences, training = capsys.readouterr().out.strip().split("\n\n")
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in means.splitlines()}
+    spread = "± 0.248"   # 4.303 * 0.1 / 3 ** 0.5
+    assert cells["| plain harmful, answered"][:2] == ["0.900", f"0.200 {spread} (0.100 0.200 0.300)"]
+    assert cells["| plain, right"][:2] == ["0.500", "0.800 ± 0.124 (0.850 0.800 0.750)"]
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in differences.splitlines()}
+    assert cells["| plain harmful, answered"][0] == "0.100 ± 0.000 (0.100 0.100 0.100)"
+    assert cells["| adversarial, right"][3] == "0.000 ± 0.248 (-0.100 0.000 0.100) |"
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in training.splitlines()}
+    assert cells["| attack_refusal"] == ["-", "-", "-", "-", "0.500 ± 0.000 (0.500 0.500 0.500) |"]
+    assert cells["| loss_sft"][0] == "54.500 ± 0.000 (54.500 54.500 54.500)"   # the mean of 50 to 59
