@@ -300,14 +300,18 @@ def print_tables(results: dict) -> None:
             cells = [summary([result[how][key]["value"] for result in by_seed.values()]) for key in SHOWN]
             print(f"| {arm} | {' | '.join(cells)} |")
         print()
-    print("| arm, seed | attacks | distinct | at depths 0 to 5 | attack success: first, lowest, peak, last "
-          "| deepest mean |\n|" + " --- |" * 6)
+    print("| mean over seeds | attacks | distinct | at depths 0 to 5 |\n| --- | --- | --- | --- |")
+    for arm, by_seed in results.items():
+        counts = [[result["attacks"], result["distinct"], *result["depths"].values()]
+                  for result in by_seed.values()]
+        attacks, distinct, *depths = np.mean(counts, 0).round().astype(int)
+        print(f"| {arm} | {attacks} | {distinct} | {' '.join(map(str, depths))} |")
+    print("\n| arm, seed | attack success: first | lowest | peak | last | deepest mean |\n|" + " --- |" * 6)
     for arm, by_seed in results.items():
         for seed, result in by_seed.items():
-            *course, deepest = (f"{result['race'][key]:.2f}" if key in result["race"] else "-"
-                                for key in ("start", "low", "peak", "end", "deepest"))
-            print(f"| {arm}, {seed} | {result['attacks']} | {result['distinct']} | "
-                  f"{' '.join(map(str, result['depths'].values()))} | {', '.join(course)} | {deepest} |")
+            if "peak" in result["race"]:
+                course = [f"{result['race'][key]:.2f}" for key in ("start", "low", "peak", "end", "deepest")]
+                print(f"| {arm}, {seed} | {' | '.join(course)} |")
 
 
 def draw(results: dict, file: Path) -> None:
