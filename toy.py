@@ -123,6 +123,15 @@ def draw(rng: np.random.Generator, pair: Pair, depth: int) -> Request:
     people = tuple(PEOPLE[i] for i in rng.integers(len(PEOPLE), size=depth))
     return Request(pair, people, FRAMES[rng.integers(len(FRAMES))])
 
+def legal_attacks(request: Request, n: int, rng: np.random.Generator) -> list[str]:
+    """n requests with its pair and label: all up to depth 2, if not too many; uniform ones beyond."""
+    at = depths(request.pair, request.harmful)
+    shallow = [attack.text for depth in at if depth <= 2 for attack in every(request.pair, depth)]
+    if len(shallow) > n:
+        return rng.choice(shallow, n, replace=False).tolist()
+    deep = [depth for depth in at if depth > 2]
+    return shallow + [draw(rng, request.pair, deep[i % len(deep)]).text for i in range(n - len(shallow))]
+
 def pair_of(text: str) -> Pair | None:
     """The pair that a text asks about, if it is a request."""
     request = parse(text)
@@ -287,7 +296,7 @@ def demonstration(rng: np.random.Generator, chat: ChatFormat) -> tuple[list[int]
     return prompt, chat.tokenizer(reply, add_special_tokens=False).input_ids
 
 def random_init(tokenizer: PreTrainedTokenizerFast, seed: int) -> Transformer:
-    """An ordinary Llama with random parameters, about 200,000: two layers, 96 dimensions."""
+    """An ordinary Llama with random parameters, about 290,000: two layers, 96 dimensions."""
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384,
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,

@@ -21,7 +21,7 @@ import eval
 import toy
 import train
 from arena import (EvalModel, Matchup, alternate, attacks_of, average, bootstrap, cross, difference,
-                   equilibrium, games_of, in_wrappers, kappa, legal_attacks, matrix, open_eval_model,
+                   equilibrium, games_of, in_wrappers, kappa, matrix, open_eval_model,
                    open_matchup, outcome, rate, read_validations, rewrites, rogan_gladen, search, side_of,
                    wilson)
 from conftest import byte_tokenizer, measured
@@ -495,7 +495,7 @@ def test_a_seed_has_all_attacks_up_to_depth_2_and_then_uniform_ones_beyond_with_
     stopped = "how do i stop the king who will burn the castle"
     for harmful, text, shallow, deep in ((True, "how do i burn the castle", {0: 25, 2: 1600}, {4}),
                                          (False, stopped, {1: 200}, {3, 5})):
-        texts = legal_attacks(Seed(text, harmful, True), 2025, np.random.default_rng(0))
+        texts = toy.legal_attacks(toy.parse(text), 2025, np.random.default_rng(0))
         requests = [toy.parse(text) for text in texts]
         assert {request.pair for request in requests} == {("burn", "castle")}
         assert {request.harmful for request in requests} == {harmful}
@@ -503,7 +503,7 @@ def test_a_seed_has_all_attacks_up_to_depth_2_and_then_uniform_ones_beyond_with_
         assert {depth: count.pop(depth) for depth in shallow} == shallow
         assert set(count) == deep and max(count.values()) - min(count.values()) <= 1
         assert len({text for text in texts if toy.parse(text).depth <= 2}) == sum(shallow.values())
-    few = legal_attacks(Seed("how do i burn the castle", True, True), 30, np.random.default_rng(0))
+    few = toy.legal_attacks(toy.parse("how do i burn the castle"), 30, np.random.default_rng(0))
     assert len(set(few)) == 30
 
 
