@@ -195,11 +195,6 @@ def need_config(name: str) -> dict:
         stop(f"{name}: {'not of a run' if os.path.exists(name) else 'no such file or folder'}; give a run.")
     return config
 
-def short(name: str) -> str:
-    """A model's run, and its step if a checkpoint is named."""
-    run, last = Path(name).absolute().parts[-2:]
-    return f"{run}/{last}" if last.startswith("step_") else last
-
 def start_of(name: str) -> str:
     """The checkpoint that the model's run began with."""
     return str(find_checkpoint(name).parent / "step_000000")

@@ -29,8 +29,8 @@ import torch
 
 import toy
 from arena import (EvalModel, Matchup, average, bootstrap, crossplay, difference, entropy, exploit,
-                   fresh_games, in_wrappers, kappa, markdown, matrix, need_config, open_eval_model,
-                   open_judge_on_device, rate, read_validations, rewrites, rogan_gladen, short, start_of,
+                   fresh_games, in_wrappers, kappa, markdown, need_config, open_eval_model,
+                   open_judge_on_device, rate, read_validations, rewrites, rogan_gladen, start_of,
                    weights_hash)
 from checkpoint import append_rows, game_record
 from data import read_prompts, read_rows, text_of
@@ -253,12 +253,16 @@ def self_bleu(texts: list[str]) -> list:
         scores.append(bleu.score / 100)
     return scores
 
+def check_embedder(folder: str) -> None:
+    """Refuse what is not the folder of a Sentence-BERT model."""
+    if folder and not (Path(folder) / "modules.json").is_file():
+        stop(f"--embedder {folder}: no modules.json there; "
+             "give the folder of a Sentence-BERT model such as all-MiniLM-L6-v2.")
+
 def embed(texts: list[str], folder: str) -> np.ndarray:
     """Sentence embeddings of length 1, [N, D] (Reimers and Gurevych, EMNLP 2019), from safetensors alone."""
     from sentence_transformers import SentenceTransformer  # takes seconds, and only this needs it
-    if not (Path(folder) / "modules.json").is_file():
-        stop(f"--embedder {folder}: no modules.json there; "
-             "give the folder of a Sentence-BERT model such as all-MiniLM-L6-v2.")
+    check_embedder(folder)
     model = SentenceTransformer(folder, model_kwargs={"use_safetensors": True})
     return model.encode(texts, normalize_embeddings=True, show_progress_bar=False).astype(float)
 
@@ -310,6 +314,10 @@ def logged_games(file: str) -> list:
 
 def main_diversity(args: Namespace) -> None:
     """Two tables, of all attacks and of those that succeeded: a column per run or file."""
+    check_embedder(args.embedder)
+    for name in args.models:
+        check = read_games if os.path.isfile(name) else need_config
+        check(name)   # refused, if at all, before the work
     games = {}
     for name in args.models:
         is_file = os.path.isfile(name)
@@ -341,14 +349,16 @@ def kind_of(config: dict) -> str:
     return kind
 
 def spread(values: list) -> str:
-    """Mean and standard deviation over runs."""
+    """Mean and standard deviation over runs; of one run, its value."""
     value_N = np.array(values, dtype=float)   # None becomes NaN
-    return f"{value_N.mean():.3f} ± {value_N.std(ddof=len(values) > 1):.3f}".replace("nan ± nan", "-")
+    deviation = f" ± {value_N.std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{value_N.mean():.3f}{deviation}".replace("nan ± nan", "-").replace("nan", "-")
 
 def main_report(args: Namespace) -> None:
     """A column per kind of run, with means over runs. Runs of one seed share their start; it counts once."""
-    kinds = {"start": {}}   # kind of run, then weights
+    check_embedder(args.embedder)
     need_toy(args.models)
+    kinds = {"start": {}}   # kind of run, then weights
     for run in args.models:
         for kind, name in (("start", start_of(run)), (kind_of(need_config(run)), run)):
             results = kinds.setdefault(kind, {})
@@ -415,23 +425,6 @@ def draw_curves(runs: list, file: str, keys: list) -> None:
     figure.savefig(file, dpi=150)
     write_json(str(Path(file).with_suffix(".json")), numbers)
 
-def draw_crossplay(results: dict, file: Path) -> None:
-    """A heat map: attack success of every attacker against every defender, and what the attacker earns."""
-    names = [short(name) for name in results["cells"]]
-    asr_AD = matrix(results["cells"], "asr")
-    payoff_AD = matrix(results["cells"], "payoff")
-    size = 2.6 + 0.85 * len(names)
-    figure, [panel] = canvas(1, (size, size))
-    panel.imshow(asr_AD, cmap="cividis", vmin=0, vmax=1)
-    for a, d in np.ndindex(asr_AD.shape):
-        panel.text(d, a, f"{asr_AD[a, d]:.0%}\n{payoff_AD[a, d]:+.2f}", ha="center", va="center",
-                   color="white" if asr_AD[a, d] < 0.5 else "black")
-    panel.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    panel.set_yticks(range(len(names)), names)
-    panel.set(xlabel="defender (dark columns are safe)", ylabel="attacker (bright rows are strong)",
-              title="attack success, and what the attacker earns")
-    figure.savefig(file, dpi=150)
-
 def main_plot(args: Namespace) -> None:
     """One figure of all the runs' curves."""
     file = args.out or f"{args.models[0]}/curves.png"
@@ -449,7 +442,7 @@ def main_games(args: Namespace) -> None:
     if others:
         stop("games: a page is of one run; call it once for each.")
     games = [game for _, game in read_games(name)]
-    out = Path(args.out or f"{name.removesuffix('/games.jsonl')}/games.html")
+    out = Path(args.out or (Path(name).parent if os.path.isfile(name) else Path(name)) / "games.html")
     check_output("out", out, [".html"])
     # within a script, only `<` could end it
     data = json.dumps({"name": name, "games": games}).replace("<", "\\u003c")
@@ -512,6 +505,8 @@ def main_plan(args: Namespace) -> None:
         cfg = Config(**json.loads(args.models[0]))
     except (ValueError, TypeError):
         stop("plan: takes settings as train.py writes them; call train.py --plan N, with the run's flags.")
+    if cfg.model == "toy":
+        stop("--plan: the model of the embedded world takes megabytes; give a --model.")
     print(show_plan(cfg, cfg.plan or int(os.environ.get("WORLD_SIZE", 1))))
 
 # ---------------------------------------------------------------- the command line
@@ -521,14 +516,6 @@ def main_exam(args: Namespace) -> None:
         if toy.is_toy_model(run):
             main(["bench", f"{run}/step_000000", run])
         main(["plot", run])
-
-def main_crossplay(args: Namespace) -> None:
-    """The tables, the numbers and, beside them, the heat map."""
-    results = crossplay(args)
-    write_json(args.out, results)
-    figure = Path(args.out).with_suffix(".png")
-    draw_crossplay(results, figure)
-    print(f"numbers: {args.out}, figure: {figure}")
 
 FLAGS = {   # default, whose type is the flag's, and meaning; a list holds the choices, if there are any
     "judge": ([], "as in train.py [toy]; others beside the first: also their agreement with it"),
@@ -557,8 +544,8 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "ladder": (main_ladder, "errors in the embedded world by depth", "json"),
     "diversity": (main_diversity, "how different attacks are, of runs or of games.jsonl files",
                   "n=192 seed prompts embedder json"),
-    "crossplay": (main_crossplay, "every attacker against every defender",
-                  "n prompts out=runs/crossplay.json"),
+    "crossplay": (lambda args: write_json(args.out, crossplay(args)),
+                  "every attacker against every defender", "n prompts out=runs/crossplay.json"),
     "exploit": (lambda args: write_json(args.out, exploit(args)),
                 "what runs trained against the first model gain, and searched attacks",
                 "n prompts search out=runs/exploit.json"),
@@ -567,7 +554,7 @@ COMMANDS = {   # name: its function, what it does, and its flags; a default afte
     "games": (main_games, "a page to read the games of a run, [RUN/games.html]", "out"),
     "exam": (main_exam, "what a run ends with: its curves, and the exam of the embedded world", ""),
     "plan": (main_plan, "the memory of a run, for its settings in JSON: what train.py --plan prints", "")}
-BESIDE = {main_plot: ("out", ".json"), main_crossplay: ("out", ".png"), main_bench: ("attacks", ".png")}
+BESIDE = {main_plot: ("out", ".json"), main_bench: ("attacks", ".png")}
 
 def check_output(flag: str, file: Path, endings: list[str]) -> None:
     """Refuse a name with another ending, and one that cannot become a new file. Its folder is made."""

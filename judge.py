@@ -342,8 +342,8 @@ def main() -> None:
     cli.add_argument("--validate", help="compare the judge with the human labels of this file")
     cli.add_argument("--json", type=Path, help="new file for --validate's counts")
     args = cli.parse_args()
-    if args.json and args.json.exists():
-        stop(f"--json {args.json}: is there already; choose another name.")
+    if args.json and (args.json.exists() or not args.json.parent.is_dir()):
+        stop(f"--json {args.json}: is there already, or its folder is not; choose another name.")
     if args.validate:
         labelled = read_human(args.validate)   # refused, if at all, before a judge model is opened
         table, counts = validate(open_judge(args.judge), *labelled)

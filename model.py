@@ -342,12 +342,12 @@ def new_model(hf_config: PreTrainedConfig, seed: int) -> Transformer:
 def download(name: str) -> Path:
     """The local copy of a hub model: safetensors, configs and tokenizer, no code."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError  # its other errors are OSErrors
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         second_copy = ["original/*", "consolidated*"]  # of the weights, in Meta's and Mistral's own formats
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=second_copy))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HFValidationError) as error:
         stop(f"{name}: no such folder, and no hub model of that name can be had ({error}); give another.")
 
 def newest_step(name: str) -> Path:
@@ -359,7 +359,7 @@ def find_checkpoint(name: str) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or a hub name; all else is refused."""
     folder = newest_step(name)
     if not os.path.exists(folder):
-        folder = download(name)
+        folder = download(str(folder))
     for pattern in ("config.json", "*.safetensors"):
         if not list(folder.glob(pattern)) and not list(folder.glob(ADAPTER_FILES)):
             stop(f"{folder}: no {pattern} there; give a model's folder with safetensors weights, or a run.")
@@ -367,7 +367,8 @@ def find_checkpoint(name: str) -> Path:
 
 def run_config(name: str) -> dict:
     """The config.json of the run that a run or checkpoint folder belongs to; empty for other models."""
-    for folder in (Path(name), Path(name).absolute().parent):
+    run = Path(name).absolute().parent
+    for folder in [Path(name)] + [run] * Path(name).absolute().name.startswith("step_"):
         if os.path.isfile(folder / "config.json") and os.path.isdir(folder / "step_000000"):
             try:
                 config = json.loads((folder / "config.json").read_text("utf-8"))

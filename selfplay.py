@@ -138,12 +138,13 @@ def replay(seeds: list[Seed], past: list[Seed], share: float, seed: int, step: i
            repeat: int = 1) -> list[Seed]:
     """
     This step's seeds with past attacks of the same label in the place of this share of the raw ones, in
-    expectation: a defender forgets what it no longer meets (fictitious play, Brown 1951).
+    expectation: a defender forgets what it no longer meets (fictitious play, Brown 1951). Recorded attacks
+    that are asked anyway stay.
     """
     random = stream("replay", seed, step)
     replayed = list(seeds)
     for i in range(0, len(seeds), repeat):
-        if not seeds[i].revise and random.random() < share:
+        if not (seeds[i].revise or seeds[i].recorded) and random.random() < share:
             attacks = [attack for attack in past if attack.harmful == seeds[i].harmful] or [seeds[i]]
             replayed[i:i + repeat] = [attacks[random.integers(len(attacks))]] * repeat
     return replayed
@@ -303,8 +304,7 @@ def payoffs(game: Game, rewards: Rewards) -> dict[str, float | None]:
 # ---------------------------------------------------------------- credit
 @dataclass(frozen=True)
 class Experience:
-    """A turn to learn from: its game's number, its payoff, what its format earned, and its seed's label."""
-    game: int
+    """A turn to learn from: its payoff, what its format earned, and its seed's label."""
     turn: Turn
     payoff: float
     shaping: float
@@ -325,8 +325,7 @@ def experiences_of(games: list[Game], rewards: Rewards, roles: Sequence[str], co
     for shared in earned.values():
         game, turn, _ = shared[0]
         shaping = FORMAT[turn.reply.well_formed] if cot else 0.0
-        experiences.append(Experience(game.number, turn, mean([paid for *_, paid in shared]), shaping,
-                                      game.seed.harmful))
+        experiences.append(Experience(turn, mean([paid for *_, paid in shared]), shaping, game.seed.harmful))
     return experiences
 
 def groups_of(experiences: list[Experience]) -> list[list[int]]:

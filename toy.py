@@ -196,9 +196,12 @@ def is_toy_model(name: str) -> bool:
     template = newest_step(name) / "chat_template.jinja"
     return name == "toy" or os.path.isfile(template) and template.read_bytes() == TEMPLATE.encode()
 
-def open_chat(name: str, cot: bool) -> ChatFormat:
+def open_chat(name: str, cot: bool, opponent: str = "") -> ChatFormat:
     """How players are asked: in this language if the model speaks it, else in English."""
     tokenizer = make_tokenizer() if name == "toy" else open_tokenizer(name)
+    is_model = opponent not in ("", "past") and not opponent.endswith(".json")
+    if is_model and open_tokenizer(opponent).get_vocab() != tokenizer.get_vocab():
+        kernels.stop(f"--opponent {opponent}: has other tokens than {name}; give a model of its family.")
     return ChatFormat(tokenizer, PROMPTS if is_toy_model(name) else ENGLISH, cot)
 
 def pairs(hostile: bool, held_out: bool) -> list[Pair]:

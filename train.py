@@ -7,8 +7,8 @@ Train one model against itself: it attacks, it defends, a judge scores, REINFORC
     torchrun --nproc_per_node=8 train.py --model Qwen/Qwen2.5-7B-Instruct \
         --judge wildguard:allenai/wildguard --seeds harmful=harmful.jsonl benign=benign.jsonl
 
-Self-RedTeam (Liu et al., arXiv 2506.07468) as its official run executes it, without a critic or an adaptive
-KL, but for the credit: theirs is `--credit reinforce++`. `main`, at the end, is all of it in numbered phases.
+Self-RedTeam (Liu et al., arXiv 2506.07468), without a critic or an adaptive KL; with `--credit reinforce++
+--reward paper --updates 6` as its official run executes it. `main`, at the end, is all in numbered phases.
 """
 from kernels import CommandLine, check_number, stop  # before torch, which reads the OpenMP setting in there
 import gc
@@ -145,7 +145,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         stop(f"--resume: {out}/config.json cannot be read as a run's settings; put back the file.")
     if "seeds" in args and "judge" not in args | saved:
         stop("--seeds: who judges the answers? Add --judge keywords, FORMAT:MODEL, or toy in its language.")
-    for name in {"model", "opponent", "save_every", "adapter_rank", "adapters"} & args.keys() & saved.keys():
+    for name in ({"model", "play", "opponent", "save_every", "adapter_rank", "adapters"}
+                 & args.keys() & saved.keys()):
         if args[name] != saved[name]:
             stop(f"--{name.replace('_', '-')} {args[name]}: the run was begun with {saved[name]}; begin "
                  "another run for that.")
@@ -157,6 +158,7 @@ def check_config(cfg: Config, world_size: int) -> None:
         if f.type in (int, float):  # a count may be 0 where that is its default
             least = min(f.default, 1) if f.type is int else 0
             check_number(f.name, getattr(cfg, f.name), *LIMITS.get(f.name, (least, 2 ** 31 - 1)))
+    check_judge(cfg.judge)
     if cfg.plan:
         return
     import toy
@@ -176,7 +178,6 @@ def check_config(cfg: Config, world_size: int) -> None:
     if cfg.opponent and (mixes != (cfg.play == "self") or cfg.attacks):
         stop("--opponent MODEL plays one role: add --play attacker or --play defender, leave out --attacks. "
              "--opponent past, and FILE.json of eval.py crossplay, are for --play self.")
-    check_judge(cfg.judge)
     if not find_spec(cfg.log):
         stop(f"--log {cfg.log}: is not installed; run pip install {cfg.log}, or choose --log json.")
     if not cfg.resume and not toy.is_toy_model(cfg.model) and (cfg.judge == "toy" or not cfg.seeds):
@@ -330,9 +331,8 @@ def packed_batches(model: Transformer, rows: list[tuple], cfg: Config,
     for lengths in adapter_lengths.values():
         model.use(rows[min(lengths)][0])  # until the next adapter's batches
         for numbers in micro_batches(lengths, ranks, cfg.micro_tokens):
-            batch = [rows[i][1:] for i in numbers]
-            if not batch:  # FSDP needs a forward pass on every rank: a row with an empty mask adds 0
-                batch = [([0, 0], [], *[[]] * (len(rows[0]) - 3))]
+            # FSDP needs a forward pass on every rank: a row with an empty mask adds 0
+            batch = [rows[i][1:] for i in numbers] or [([0, 0], *[[]] * (len(rows[0]) - 2))]
             prompts, replies, *values = zip(*batch, strict=True)
             yield numbers, pack(prompts, replies, values, ranks.device)
 
@@ -454,11 +454,11 @@ def frozen_players(cfg: Config, mixtures: dict[str, tuple], step: int) -> dict[s
     random, role = stream("opponent", cfg.seed, step), ROLES[step % 2]
     own = [Path(cfg.out, f"step_{n:06d}") for n in range(0, step + 1, cfg.save_every)]
     if cfg.play == "attacker":
-        return {DEFENDER: Path(cfg.opponent) if cfg.opponent else own[0]}
-    if not cfg.opponent or cfg.play == "self" and random.random() >= cfg.opponent_share:
-        return {}
+        return {DEFENDER: Path(cfg.opponent or own[0])}
     if cfg.play == "defender":
-        return {ATTACKER: Path(cfg.opponent)}
+        return {ATTACKER: Path(cfg.opponent)} if cfg.opponent else {}
+    if not cfg.opponent or random.random() >= cfg.opponent_share:
+        return {}
     folders, weights = mixtures.get(role, (own, None))
     return {role: folders[random.choice(len(folders), p=weights)]}
 
@@ -588,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
     newest = gather_list([cfg.resume and checkpoint.newest_complete(out)], ranks)[0]
     first = checkpoint.step_number(newest) if newest else 0
     origin = str(newest or cfg.model)
-    chat = toy.open_chat(origin, cfg.cot)
+    chat = toy.open_chat(origin, cfg.cot, cfg.opponent)
     dtype = ranks.compute if cfg.adapter_rank else torch.float32  # of the policy's own weights
     policy = open_sharded(origin, dtype, ranks) if origin != "toy" else None  # it may be damaged
     context = policy.hf_config.max_position_embeddings if policy else 256  # that of toy.random_init
@@ -599,7 +599,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = open_judge(cfg.judge, partial(open_sharded, dtype=ranks.compute, ranks=ranks), gathered)
     pairs = read_sft(cfg, chat, context)
     log0(ranks, describe(cfg, summaries, first, ranks))
-    if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS:
+    if ranks.device.type == "cuda" and chat.prompts != toy.PROMPTS and not newest:
         on_main(ranks, partial(run_eval, "plan", settings))
 
     # 0. the start: SFT or a checkpoint. The reference is a frozen copy, or the policy with its adapters off
@@ -626,7 +626,7 @@ def main(argv: list[str] | None = None) -> None:
         seeds = replay(seeds, past_attacks, cfg.replay, cfg.seed, step, group)
         frozen = frozen_players(cfg, mixtures, step)
         learn = [role for role in PLAYS[cfg.play] if role not in frozen]
-        share = np.array_split(np.arange(cfg.games), ranks.world)[ranks.rank]
+        share = np.array_split(range(cfg.games), ranks.world)[ranks.rank]
         mine = [n for n in share.tolist() if DEFENDER in learn or seeds[n].revise]
 
         # 2. play: attack, answer, verdict
@@ -646,7 +646,7 @@ def main(argv: list[str] | None = None) -> None:
             advantage = balance_roles(advantage, experiences)
 
         # 4. update: one optimizer step over all turns, or several over shuffled shares of them
-        sums, order = [], np.arange(len(experiences))
+        sums, order = [], range(len(experiences))
         old = [e.turn.logprobs for e in experiences]  # not read by a single update
         if cfg.updates > 1:
             old = rescore(policy, experiences, cfg, ranks)

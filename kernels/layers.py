@@ -38,14 +38,11 @@ def matmul_fp32(x_ND: Tensor, weight_MD: Tensor) -> Tensor:
     return x_ND.float() @ weight_MD.float().T
 
 # ---------------------------------------------------------------- norm
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """r = 1 / sqrt(|x|^2 / D + eps), fp32 [..., 1]."""
-    magnitude = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
-    return (magnitude.square() / x.shape[-1] + eps).rsqrt()
-
 def norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The definition over the last dimension. Like Llama, it rounds to the dtype of x before the weight."""
-    return (x.float() * inverse_rms(x, eps)).to(x.dtype) * weight_D
+    magnitude = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+    r = (magnitude.square() / x.shape[-1] + eps).rsqrt()   # 1 / sqrt(|x|^2 / D + eps)
+    return (x.float() * r).to(x.dtype) * weight_D
 
 class NormFunction(torch.autograd.Function):
     """rms_norm and its gradients on a GPU. It keeps x alone, where autograd would keep three matrices."""

@@ -389,6 +389,7 @@ def test_a_bad_combination_is_refused_in_one_sentence(runs, capsys):
     refused(run("--model", runs / "roles", "--out", runs / "x"), "holds adapters", "model.py --merge")
     refused(run("--resume", "--out", runs / "roles", "--adapter-rank", "8"), "was begun with 4")
     refused(run("--resume", "--out", runs / "roles", "--adapters", "shared"), "was begun with roles")
+    refused(run("--resume", "--out", runs / "roles", "--play", "attacker"), "was begun with self")
     assert not (runs / "x").exists()
 
 

@@ -22,7 +22,7 @@ FLAWED = parse_reply("")
 def experience(role, payoff, prompt=(1,), logprobs=(-1.0,), shaping=1.0, harmful=True):
     """A turn of some tokens with this payoff."""
     turn = Turn(role, list(prompt), [7] * len(logprobs), list(logprobs), FLAWED)
-    return Experience(0, turn, payoff, shaping, harmful)
+    return Experience(turn, payoff, shaping, harmful)
 
 
 def random_step(n=60, seed=0):

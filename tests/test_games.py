@@ -55,6 +55,13 @@ def write_page(folder, rows):
     return folder / "games.html"
 
 
+def test_the_page_of_a_file_of_games_is_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "attacks.jsonl").write_text(json.dumps(GAMES[0]))
+    monkeypatch.chdir(tmp_path)
+    eval.main(["games", "attacks.jsonl"])
+    assert (tmp_path / "games.html").exists()
+
+
 def opened(page, script=""):
     """The page's HTML after its code and, at its end, this script have run in a browser without a network."""
     if CHROMIUM is None:

@@ -118,7 +118,7 @@ def test_an_output_that_cannot_be_a_new_file_is_refused_at_once(name, flag, plac
 
 
 @pytest.mark.parametrize("name, out, beside", [
-    ("plot", "x.png", "x.json"), ("plot", "x.pdf", "x.json"), ("crossplay", "x.json", "x.png")])
+    ("plot", "x.png", "x.json"), ("plot", "x.pdf", "x.json")])
 def test_a_figure_and_its_numbers_are_both_new_files(name, out, beside, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / beside).write_text("precious")
@@ -177,10 +177,14 @@ def test_the_folder_of_an_output_is_made(model, prompts, tmp_path):
     (["crossplay", "M", "--out", "x.png"], "give a name that ends in .json"),
     (["bench", "M"], "does not speak the embedded language"),
     (["bench", "M", "--prompts", "harmful=x.jsonl"], "does not speak the embedded language"),
-    (["bench", "M", "--judge", "oracle", "--prompts", "P"], "there is no such judge")])
+    (["bench", "M", "--judge", "oracle", "--prompts", "P"], "there is no such judge"),
+    (["bench", "M", "missing/m", "--judge", "keywords", "--prompts", "P"], "missing/m: no such folder"),
+    (["bench", "M", "--judge", "keywords", "--prompts", "P", "--attacker", "no/m"], "no/m: no such folder"),
+    (["bench", "M", "--wrappers", "E", "--judge", "keywords", "--prompts", "P"], "holds no wrappers")])
 def test_a_wrong_argument_is_one_sentence(args, words, model, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"M": model, "P": prompts}
+    (tmp_path / "empty.jsonl").touch()
+    names = {"M": model, "P": prompts, "E": tmp_path / "empty.jsonl"}
     assert words in refused(capsys, *(names.get(arg, arg) for arg in args))
 
 
@@ -226,6 +230,27 @@ def test_an_edited_seeds_file_and_a_finished_run_are_said_on_resume(model, tmp_p
     assert "finished" not in printed
     train.main([*flags[-4:-2], "--resume", "--steps", "3"])
     assert "NOT as when the run began" in capsys.readouterr().out, "it is said each time"
+
+
+def test_a_new_run_within_another_run_begins_with_its_own_settings(model, tmp_path, capsys):
+    flags = run_files(tmp_path, model)
+    train.main(flags)
+    (tmp_path / "benign.jsonl").write_text(json.dumps({"prompt": "another"}))
+    capsys.readouterr()
+    within = [flag.replace(str(tmp_path / "run"), str(tmp_path / "run" / "within")) for flag in flags]
+    train.main([*within, "--lr", "1e-3"])
+    printed = capsys.readouterr().out
+    assert ", was" not in printed and "NOT as when" not in printed
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--judge", "wildguard", "--model", "M"], "--judge wildguard"),
+    ([], "the model of the embedded world takes megabytes")])
+def test_a_plan_of_nothing_is_refused(flags, words, model, capfd):
+    with pytest.raises(SystemExit):
+        train.main([*(str(model) if flag == "M" else flag for flag in flags), "--plan", "1"])
+    sentence = capfd.readouterr().err
+    assert words in sentence and sentence.count("\n") == 1
 
 
 # ---------------------------------------------------------------- UTF-8 whatever the locale

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import checkpoint
 import eval
 import toy
 import train
-from conftest import measured
+from conftest import byte_tokenizer, measured
 from launch import games, largest_difference, metrics, run, succeeds, weights
-from model import ADAPTER_FILES, load
+from model import ADAPTER_FILES, load, new_model, save
 from selfplay import ATTACKER, DEFENDER, Seed
 from test_train import ONE_PROCESS
 from train import ROLES, Config, frozen_players
@@ -256,6 +257,19 @@ def test_a_run_meets_the_mixture_of_a_crossplay_file(runs):
 
 
 # ---------------------------------------------------------------- bad input
+
+def test_an_opponent_with_another_tokenizer_is_refused(tmp_path, runs):
+    """It would read the token ids of the model's prompts as other words."""
+    tokenizer = byte_tokenizer()
+    model = new_model(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                  num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                                  eos_token_id=tokenizer.eos_token_id), 0)
+    save(tmp_path / "other", model.state_dict(), model, tokenizer)
+    for play in ("attacker", "defender"):
+        done = run("--play", play, "--opponent", tmp_path / "other", "--out", tmp_path / "run")
+        assert done.returncode == 2 and "has other tokens than" in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists()
+
 
 def test_what_cannot_be_an_opponent_is_refused_in_one_sentence(tmp_path, runs):
     bad = tmp_path / "bad.json"

@@ -49,6 +49,7 @@ def test_past_attacks_take_the_place_of_raw_seeds_of_their_label_alone():
         assert new.harmful == seed.harmful
         assert new == seed if seed.revise else new in PAST
     assert {new.text for new in replayed if new.recorded} == {seed.text for seed in PAST}, "all are drawn"
+    assert replay(PAST, PAST[:1], 1.0, seed=0, step=3) == PAST, "recorded attacks are asked as they come"
 
 
 def test_the_share_is_that_of_the_raw_seeds_in_expectation():

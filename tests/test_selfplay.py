@@ -282,10 +282,10 @@ def test_a_shared_attack_earns_the_mean_of_its_games_and_its_answers_earn_their_
     """Attacks in games 0-3 and 4-7; the attacker wins games 0, 3 and 4, by 2, and loses the others."""
     games, _, _ = grouped_games(chat, 4)
     experiences = experiences_of(games, REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
-    attacks = [(e.game, e.payoff) for e in experiences if e.turn.role == ATTACKER]
-    answers = [(e.game, e.payoff) for e in experiences if e.turn.role == DEFENDER]
-    assert attacks == [(0, (2 - 2 - 2 + 2) / 4), (4, (2 - 2 - 2 - 2) / 4)]
-    assert answers == [(n, -2.0 if n in (0, 3, 4) else 2.0) for n in range(12)]
+    attacks = [(e.turn, e.payoff) for e in experiences if e.turn.role == ATTACKER]
+    answers = [(e.turn, e.payoff) for e in experiences if e.turn.role == DEFENDER]
+    assert attacks == [(games[0].attacker, (2 - 2 - 2 + 2) / 4), (games[4].attacker, (2 - 2 - 2 - 2) / 4)]
+    assert answers == [(game.defender, -2.0 if game.number in (0, 3, 4) else 2.0) for game in games]
 
 
 def test_a_tie_or_an_unreadable_game_does_not_count_in_the_mean_of_a_shared_attack():
@@ -396,9 +396,8 @@ STEP = [a_game(True, REFUSED), a_game(True, COMPLIED), a_game(True, REFUSED), a_
 
 
 def test_every_metric_of_a_step_counted_by_hand():
-    experiences = [Experience(n, turn, payoff, shaping=1.0, harmful=True) for n, turn, payoff in (
-        (0, STEP[0].attacker, -2.0), (1, STEP[1].attacker, 2.0),
-        (0, STEP[0].defender, 2.0), (1, STEP[1].defender, -1.0))]
+    experiences = [Experience(turn, payoff, shaping=1.0, harmful=True) for turn, payoff in (
+        (STEP[0].attacker, -2.0), (STEP[1].attacker, 2.0), (STEP[0].defender, 2.0), (STEP[1].defender, -1.0))]
     assert game_metrics(STEP, experiences, REWARDS["zero_sum"]) == {
         "asr": 1 / 4, "asr_not_refused": 2 / 4,      # 4 attacks on harmful seeds, the drifted one among them
         "asr_raw": 1 / 2,                            # 2 raw harmful seeds; the forfeited one is neither

@@ -101,7 +101,7 @@ def some_experiences(model, n=10):
     experiences = []
     for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         turn = make_turn(ATTACKER if i % 3 else DEFENDER, prompt, reply)
-        experiences.append(Experience(i, turn, payoff=1.0, shaping=1.0, harmful=True))
+        experiences.append(Experience(turn, payoff=1.0, shaping=1.0, harmful=True))
     return experiences, [rng.normal(size=len(e.turn.ids)) for e in experiences]
 
 
@@ -290,7 +290,7 @@ def train_on_random_roles(config, file, rank):
         replies = dict(train.gather_list(list(zip(mine, replies, strict=True)), ranks))
         roles = [ATTACKER if rng.random() < step / 100 else DEFENDER for _ in range(n)]
         turns = [make_turn(roles[i], prompts[i], replies[i]) for i in range(n)]
-        experiences = [Experience(i, turn, 1.0, shaping=1.0, harmful=True) for i, turn in enumerate(turns)]
+        experiences = [Experience(turn, 1.0, shaping=1.0, harmful=True) for turn in turns]
         old = train.rescore(policy, experiences, cfg, ranks)
         advantage = [rng.normal(size=len(turn.ids)) for turn in turns]
         train.update(policy, optimizer, experiences, old, advantage, [], cfg, ranks)
@@ -806,7 +806,7 @@ def largest_memory_of_updates(model_config, cfg, ranks):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
     n = cfg.micro_tokens // 4 - 8   # two micro-batches of four rows: 8 tokens of prompt, n of reply
     turn = Turn(ATTACKER, [1] * 8, [2] * n, [-1.0] * n, Reply("", "", "x", True))
-    experiences = [Experience(i, turn, payoff=1.0, shaping=1.0, harmful=True) for i in range(8)]
+    experiences = [Experience(turn, payoff=1.0, shaping=1.0, harmful=True) for _ in range(8)]
     for _ in range(2):   # AdamW has its moments from the first update on
         Path("/proc/self/clear_refs").write_text("5")   # forget the peak so far
         old = train.rescore(reference, experiences, cfg, ranks)

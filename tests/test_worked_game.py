@@ -81,10 +81,10 @@ def test_step_4_the_signs_become_payoffs_that_add_up_to_zero():
 def test_step_5_each_turn_also_earns_its_format_shaping():
     experiences = experiences_of(the_games(), REWARDS["zero_sum"], (ATTACKER, DEFENDER), cot=True)
     game_0, game_1 = the_games()
-    assert experiences == [Experience(0, game_0.attacker, +2.0, shaping=+1.0, harmful=True),   # reward +3
-                           Experience(0, game_0.defender, -2.0, shaping=+1.0, harmful=True),   # reward -1
-                           Experience(1, game_1.attacker, -2.0, shaping=-1.0, harmful=True),   # reward -3
-                           Experience(1, game_1.defender, +2.0, shaping=+1.0, harmful=True)]   # reward +3
+    assert experiences == [Experience(game_0.attacker, +2.0, shaping=+1.0, harmful=True),   # reward +3
+                           Experience(game_0.defender, -2.0, shaping=+1.0, harmful=True),   # reward -1
+                           Experience(game_1.attacker, -2.0, shaping=-1.0, harmful=True),   # reward -3
+                           Experience(game_1.defender, +2.0, shaping=+1.0, harmful=True)]   # reward +3
 
 
 def test_step_6_rewards_and_the_kl_term_become_a_return_per_token():
@@ -117,9 +117,9 @@ def test_step_7_again_with_an_attack_on_a_benign_seed_which_the_default_compares
     # -s + h = 0. With +1 for its format and no KL, each of its five tokens has a return of 1.
     benign = Turn(ATTACKER, [5], [16, 17, 18, 19, 20], [-1.0] * 5, parse_reply(ATTACK_0))
     game_0, game_1 = the_games()
-    turns = [Experience(0, game_0.attacker, +2.0, +1.0, harmful=True),
-             Experience(1, game_1.attacker, -2.0, -1.0, harmful=True),
-             Experience(2, benign, 0.0, +1.0, harmful=False)]
+    turns = [Experience(game_0.attacker, +2.0, +1.0, harmful=True),
+             Experience(game_1.attacker, -2.0, -1.0, harmful=True),
+             Experience(benign, 0.0, +1.0, harmful=False)]
     values = [RETURNS[0], RETURNS[2], np.ones(5)]
     # Centred: attacks on harmful seeds keep their advantages. The benign one is all there is of its label, so
     # it has nothing to learn: (1 - 1) / 2, where 2 is the floor.
