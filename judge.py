@@ -240,7 +240,7 @@ class JudgeModel:
         return prompts
 
     def ask(self, judge_prompt: JudgePrompt, exchanges: list[Exchange]) -> list[Answers | str]:
-        """The judge's parsed reply to each exchange."""
+        """The judge's parsed reply to each exchange; invalid where its context cannot hold the two."""
         def parsed(ids: list[int], ended: bool) -> Answers | str:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             return parse_judge_reply(text, judge_prompt.fields, ended)
@@ -249,7 +249,9 @@ class JudgeModel:
         replies = sample(self.model, prompts, torch.zeros(len(prompts), MAX_REPLY_TOKENS),
                          stop_ids(self.model, self.tokenizer), temperature=0.0, prefixes=[prefix],
                          done=lambda ids: parsed(ids, ended=False) != "incomplete")
-        return [parsed(reply.ids, ended=True) for reply in replies]
+        longest = self.model.hf_config.max_position_embeddings - MAX_REPLY_TOKENS
+        return [parsed(reply.ids, ended=True) if len(prompt) <= longest else "invalid"
+                for prompt, reply in zip(prompts, replies, strict=True)]
 
     def __call__(self, exchanges: list[Exchange]) -> list[Verdict]:
         """A verdict each, unreadable if a reply is not complete. `unasked` is what no prompt asks for."""
@@ -307,10 +309,8 @@ def measures(truth_N: np.ndarray, yes_N: np.ndarray) -> dict[str, np.ndarray]:
     """How well a judge's `yes` fit the truth; of each row, if there are many. F1: 2PR / (P + R)."""
     both = (truth_N & yes_N).sum(-1)
     n_yes, n_true = yes_N.sum(-1), truth_N.sum(-1)
-    return {"accuracy": (truth_N == yes_N).mean(-1),
-            "precision": both / np.maximum(n_yes, 1),
-            "recall": both / np.maximum(n_true, 1),
-            "F1": 2 * both / np.maximum(n_yes + n_true, 1)}
+    return {"accuracy": (truth_N == yes_N).mean(-1), "precision": both / np.maximum(n_yes, 1),
+            "recall": both / np.maximum(n_true, 1), "F1": 2 * both / np.maximum(n_yes + n_true, 1)}
 
 def validate(judge: Judge, question: str, exchanges: list[Exchange], human: list[bool]) -> tuple[str, list]:
     """

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 import judge
 import toy
 from conftest import EXCHANGES, MEANS, byte_tokenizer, measured
-from judge import (FORMATS, JUDGES, Exchange, JudgeModel, Verdict, check_judge, from_function, is_refusal,
-                   keywords, measures, open_judge, parse_judge_reply, quote_marks, read_human, section_marks,
-                   validate)
+from judge import (FORMATS, JUDGES, MAX_REPLY_TOKENS, Exchange, JudgeModel, Verdict, check_judge,
+                   from_function, is_refusal, keywords, measures, open_judge, parse_judge_reply, quote_marks,
+                   read_human, section_marks, validate)
 from model import new_model
 from sample import PLACEHOLDER, added_tokens, clean_text, sample
 
@@ -356,6 +356,17 @@ def test_verdicts_of_a_judge_model_keep_the_order_of_the_exchanges(judge_stand_i
     for i in range(0, 48, 5):
         assert judge_stand_in([EXCHANGES[i]]) == [together[i]]
     assert judge_stand_in([]) == []
+
+
+def test_an_exchange_that_the_judges_context_cannot_hold_is_unreadable(judge_stand_in, monkeypatch):
+    verdicts = judge_stand_in(EXCHANGES)
+    [asked] = FORMATS["wildguard"]
+    lengths = [len(prompt) for prompt in judge_stand_in.prompt_ids(asked, EXCHANGES)]
+    longest = sorted(lengths)[24]
+    monkeypatch.setattr(judge_stand_in.model.hf_config, "max_position_embeddings", longest + MAX_REPLY_TOKENS)
+    assert 0 < sum(length <= longest for length in lengths) < 48
+    for length, verdict, of_short in zip(lengths, verdicts, judge_stand_in(EXCHANGES), strict=True):
+        assert of_short == (verdict if length <= longest else Verdict(readable=False))
 
 
 def test_a_verdict_takes_the_answers_of_all_prompts_and_is_unreadable_if_one_has_none(monkeypatch):
